@@ -1,0 +1,41 @@
+"""``BACKEND = "django_backend.cache.RedisCache"``: Django's Redis cache over one shared client a process.
+
+With no LOCATION, the server is the Redis that puff_patch is configured for (``PUFF_DEFAULT_REDIS_URL``, the
+embedded one, or localhost); ``OPTIONS["service"]`` names another configured one.  ``OPTIONS`` otherwise are
+Django's and the pool's: ``max_connections``, ``timeout`` (seconds a command waits for a connection), ...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.cache.backends import redis
+from django.utils.functional import cached_property
+
+from puff_patch.config import current
+from puff_patch.patches.django import get_client, shared_cache_client
+
+
+class RedisCacheClient(redis.RedisCacheClient):
+    """Django's, with the shared client in place of a new one each time."""
+
+    get_client = get_client
+
+
+class RedisCache(redis.RedisCache):
+    """Django's, with the server from puff_patch's configuration if LOCATION names none."""
+
+    # Django's own attributes, which its stubs leave out.
+    _options: dict[str, Any]
+    _servers: list[str]
+
+    def __init__(self, server: str | list[str], params: dict[str, Any]) -> None:
+        super().__init__(server, params)
+        self._class = RedisCacheClient
+        self._service: str = self._options.pop("service", "default")
+        self._configured = not server
+
+    @cached_property
+    def _cache(self) -> Any:
+        servers = [current().redis_url(self._service)] if self._configured else self._servers
+        return shared_cache_client(RedisCacheClient, servers, self._options)

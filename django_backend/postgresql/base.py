@@ -1,0 +1,79 @@
+"""``ENGINE = "django_backend.postgresql"``: Django's PostgreSQL backend on puff_patch's pool.
+
+With no NAME, HOST, USER and so on, the server is the one puff_patch is configured for under the alias's name
+(``PUFF_<ALIAS>_POSTGRES_URL``, the embedded one, or localhost).  ``OPTIONS["pool"]`` takes the pool options of
+`puff_patch.config.PoolOptions`, or False for connections of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db.backends.postgresql import base
+from django.db.backends.postgresql.psycopg_any import is_psycopg3
+
+import puff_patch
+from puff_patch.config import ConfigError, PoolOptions, current
+from puff_patch.patches.django import add_setup
+
+_SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
+
+
+class DatabaseWrapper(base.DatabaseWrapper):
+    """Django's, with the server from puff_patch's configuration and leases from its pool."""
+
+    def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
+        if not any(settings_dict.get(key) for key in _SERVER_SETTINGS.values()) and not settings_dict[
+            "OPTIONS"
+        ].get("service"):
+            _use_configured_server(settings_dict, alias)
+        super().__init__(settings_dict, alias)
+
+    def get_connection_params(self) -> dict[str, Any]:
+        """Django's parameters for ``connect``, and the pool's options.
+
+        Raises:
+            ImproperlyConfigured: ``OPTIONS["pool"]`` is wrong, or `puff_patch.patch_all` was not called.
+        """
+        if is_psycopg3:
+            return super().get_connection_params()
+        options = self.settings_dict["OPTIONS"]
+        pool = options.get("pool", True)
+        # Django refuses the option for psycopg2, not knowing of ours.
+        self.settings_dict["OPTIONS"] = {key: value for key, value in options.items() if key != "pool"}
+        try:
+            params = super().get_connection_params()
+        finally:
+            self.settings_dict["OPTIONS"] = options
+        if not puff_patch.is_patched("psycopg2"):
+            raise ImproperlyConfigured(
+                'ENGINE "django_backend.postgresql" needs `import puff_patch; puff_patch.patch_all()` in the '
+                "first lines of manage.py and wsgi.py."
+            )
+        if isinstance(pool, Mapping):
+            try:
+                PoolOptions.from_mapping(pool, where=f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]')
+            except ConfigError as error:
+                raise ImproperlyConfigured(str(error)) from error
+            params["pool"] = {**_setup_of(params), **pool}
+        elif pool is False:
+            params["pool"] = False
+        add_setup(self, params)
+        return params
+
+
+def _setup_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    pool = params.get("pool")
+    return dict(pool) if isinstance(pool, dict) else {}
+
+
+def _use_configured_server(settings_dict: dict[str, Any], alias: str) -> None:
+    """Fill NAME, HOST, ... in place, as if they had been written in settings; test databases need NAME."""
+    from psycopg2.extensions import parse_dsn
+
+    parameters = parse_dsn(current().postgres_url(alias))
+    for parameter, setting in _SERVER_SETTINGS.items():
+        settings_dict[setting] = parameters.pop(parameter, "")
+    settings_dict["OPTIONS"] = {**parameters, **settings_dict["OPTIONS"]}

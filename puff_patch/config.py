@@ -1,0 +1,201 @@
+"""One typed configuration for the whole library.
+
+Sources, weakest first: the defaults below, the process environment, explicit arguments.  (``puff.toml`` and
+``.env`` join them with the ``puff`` command.)  Nothing is read at import: `current` reads the environment each
+time it is asked, which costs microseconds and keeps tests and forked workers honest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+DEFAULT_POSTGRES_URL = "postgres://postgres:password@localhost:5432/postgres"
+DEFAULT_REDIS_URL = "redis://localhost:6379"
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"", "0", "false", "no", "off"})
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names it and says what it takes."""
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """The size and patience of one pool.  Names and meanings are psycopg_pool's.
+
+    Args:
+        min_size: connections kept open even when nobody needs them.
+        max_size: connections that may ever be open at once, in this process.
+        timeout: seconds a checkout waits for a connection before `PoolTimeout`.
+        max_waiting: checkouts that may queue before `TooManyRequests`; 0 means no limit.
+        max_idle: seconds after which an unused connection above `min_size` is closed.
+        max_lifetime: seconds after which a connection is replaced at its next return.
+    """
+
+    min_size: int = 0
+    max_size: int = 10
+    timeout: float = 30.0
+    max_waiting: int = 0
+    max_idle: float = 600.0
+    max_lifetime: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.min_size < 0 or self.max_size < 1 or self.min_size > self.max_size:
+            raise ConfigError(
+                f"pool sizes must satisfy 0 <= min_size <= max_size and max_size >= 1, "
+                f"got min_size={self.min_size}, max_size={self.max_size}"
+            )
+        for name in ("timeout", "max_idle", "max_lifetime"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"pool option {name} must be a positive number of seconds")
+        if self.max_waiting < 0:
+            raise ConfigError("pool option max_waiting must be 0 (no limit) or more")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], *, where: str) -> PoolOptions:
+        """Build from e.g. Django's ``OPTIONS["pool"]`` or environment strings; ``where`` names the source."""
+        return replace(cls(), **_coerce(cls, options, where=where))
+
+    def merged(self, options: Mapping[str, Any], *, where: str) -> PoolOptions:
+        """These options with some replaced."""
+        return replace(self, **_coerce(type(self), options, where=where))
+
+
+def _coerce(cls: type[PoolOptions], options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    types: dict[str, Any] = {f.name: type(f.default) for f in fields(cls)}
+    coerced: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(types)}"
+            raise ConfigError(f"{where}: unknown pool option {name!r}{hint}")
+        try:
+            coerced[name] = types[name](value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}: pool option {name} takes a number, got {value!r}") from error
+    return coerced
+
+
+@dataclass(frozen=True)
+class Config:
+    """What this process is set up to use.
+
+    Args:
+        embedded: whether PostgreSQL and Redis from wheels stand in where no URL is given.
+        data_dir: where the embedded services keep their data.
+        postgres_urls: PostgreSQL URL by service name, as given.
+        redis_urls: Redis URL by service name, as given.
+        postgres_pool: defaults for every PostgreSQL pool.
+        redis_pool: defaults for every Redis pool.
+        http_pool: defaults for the connections to one host that `requests` shares.
+    """
+
+    embedded: bool = False
+    data_dir: Path = Path(".puff")
+    postgres_urls: Mapping[str, str] = field(default_factory=dict)
+    redis_urls: Mapping[str, str] = field(default_factory=dict)
+    postgres_pool: PoolOptions = PoolOptions()
+    redis_pool: PoolOptions = PoolOptions(max_size=50)
+    http_pool: PoolOptions = PoolOptions(max_size=100)
+
+    def postgres_url(self, name: str = "default") -> str:
+        """The URL of the PostgreSQL service ``name``; may start the embedded one.
+
+        Raises:
+            puff_patch.embedded.EmbeddedError: the embedded services are wanted and do not start.
+        """
+        if name in self.postgres_urls:
+            return self.postgres_urls[name]
+        if self.embedded:
+            from puff_patch import embedded
+
+            return embedded.ensure(self.data_dir).postgres_url
+        return DEFAULT_POSTGRES_URL
+
+    def redis_url(self, name: str = "default") -> str:
+        """The URL of the Redis service ``name``; may start the embedded one.
+
+        Raises:
+            puff_patch.embedded.EmbeddedError: the embedded services are wanted and do not start.
+        """
+        if name in self.redis_urls:
+            return self.redis_urls[name]
+        if self.embedded:
+            from puff_patch import embedded
+
+            return embedded.ensure(self.data_dir).redis_url
+        return DEFAULT_REDIS_URL
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Config:
+        """Read the ``PUFF_*`` variables of ``environ``.
+
+        Raises:
+            ConfigError: a variable has a value that cannot be used.
+        """
+        urls: dict[str, dict[str, str]] = {"POSTGRES": {}, "REDIS": {}}
+        pools: dict[str, dict[str, str]] = {"POSTGRES": {}, "REDIS": {}, "HTTP": {}}
+        for variable, value in environ.items():
+            if not variable.startswith("PUFF_"):
+                continue
+            for kind, found in urls.items():
+                # PUFF_<NAME>_POSTGRES_URL, as the seed's help text has it.
+                suffix = f"_{kind}_URL"
+                if variable.endswith(suffix) and value:
+                    found[variable[len("PUFF_") : -len(suffix)].lower()] = value
+            for kind, options in pools.items():
+                prefix = f"PUFF_{kind}_POOL_"
+                if variable.startswith(prefix):
+                    options[variable[len(prefix) :].lower()] = value
+        defaults = cls()
+
+        def pool(kind: str, default: PoolOptions) -> PoolOptions:
+            return default.merged(pools[kind], where=f"environment PUFF_{kind}_POOL_*")
+
+        return cls(
+            embedded=_flag(environ, "PUFF_EMBEDDED"),
+            data_dir=Path(environ.get("PUFF_DATA_DIR") or defaults.data_dir),
+            postgres_urls=urls["POSTGRES"],
+            redis_urls=urls["REDIS"],
+            postgres_pool=pool("POSTGRES", defaults.postgres_pool),
+            redis_pool=pool("REDIS", defaults.redis_pool),
+            http_pool=pool("HTTP", defaults.http_pool),
+        )
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ConfigError(f"{name} takes 1 or 0, got {environ[name]!r}")
+
+
+def current() -> Config:
+    """The configuration in force now.
+
+    Raises:
+        ConfigError: an environment variable has a value that cannot be used.
+    """
+    return Config.from_env(os.environ)
+
+
+def unreachable_hint(kind: str) -> str:
+    """The three ways out when a server cannot be reached; ``kind`` is ``"postgres"`` or ``"redis"``."""
+    label, default = {
+        "postgres": ("PostgreSQL", DEFAULT_POSTGRES_URL),
+        "redis": ("Redis", DEFAULT_REDIS_URL),
+    }[kind]
+    return (
+        f"Either start a {label} server there (the default is {default}), "
+        f"or name yours with PUFF_DEFAULT_{kind.upper()}_URL, "
+        f"or set PUFF_EMBEDDED=1 (runpuff --embedded) to run one from a wheel: "
+        f"pip install 'puff-patch[embedded]'."
+    )

@@ -1,0 +1,139 @@
+"""psycopg2: waits are cooperative (psycogreen), and ``psycopg2.connect`` leases from a pool.
+
+Replaces ``psycopg2.connect`` and sets psycopg2's wait callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from puff_patch.patches.base import Patch
+
+
+class Psycopg2Patch(Patch):
+    """Pooled, cooperative psycopg2."""
+
+    name = "psycopg2"
+    modules = ("psycopg2",)
+    requires = ("psycopg2-binary|psycopg2", (2, 9))
+
+    def apply(self, module: ModuleType) -> None:
+        """Set the wait callback and replace ``psycopg2.connect``."""
+        from psycopg2 import extensions
+
+        previous = extensions.get_wait_callback()
+        extensions.set_wait_callback(wait_callback)
+        self.ledger.on_restore(lambda: extensions.set_wait_callback(previous))
+        original = module.connect
+
+        def connect(
+            dsn: str | None = None,
+            connection_factory: Any = None,
+            cursor_factory: Any = None,
+            *,
+            pool: bool | Mapping[str, Any] = True,
+            **kwargs: Any,
+        ) -> Any:
+            if pool is False or not _poolable(connection_factory, kwargs):
+                return original(dsn, connection_factory, cursor_factory, **kwargs)
+            return _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
+
+        connect.__doc__ = (original.__doc__ or "") + _CONNECT_DOC
+        self.ledger.replace(module, "connect", connect)
+
+        def close_pools() -> None:
+            from puff_patch.pools.base import all_pools
+            from puff_patch.pools.postgres import PostgresPool
+
+            for pool in all_pools():
+                if isinstance(pool, PostgresPool):
+                    pool.close()
+
+        self.ledger.on_restore(close_pools)
+
+
+_CONNECT_DOC = """
+    With puff_patch the connection is leased from a bounded pool, one for each DSN, and `close()` returns it.
+    *pool* is False for a connection of its own, or a mapping of pool options (max_size, timeout, ...).
+    """
+
+
+def _poolable(connection_factory: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a lease can stand for this connection."""
+    from psycopg2 import _psycopg
+
+    if kwargs.get("async") or kwargs.get("async_") or kwargs.get("replication"):
+        return False
+    if connection_factory is None:
+        return True
+    return (
+        isinstance(connection_factory, type)
+        and issubclass(connection_factory, _psycopg.connection)
+        and not issubclass(connection_factory, _psycopg.ReplicationConnection)
+    )
+
+
+def _lease(
+    dsn: str | None,
+    connection_factory: Any,
+    cursor_factory: Any,
+    pool: bool | Mapping[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    from psycopg2 import extensions
+
+    from puff_patch.pools import postgres
+
+    kwargs.pop("async", None)
+    kwargs.pop("async_", None)
+    overrides = dict(pool) if isinstance(pool, Mapping) else {}
+    setup = overrides.pop("setup", None)
+    connection = postgres.get_pool(extensions.make_dsn(dsn, **kwargs), overrides, setup=setup).lease(
+        connection_factory or extensions.connection
+    )
+    if cursor_factory is not None:
+        connection.cursor_factory = cursor_factory
+    return connection
+
+
+def wait_callback(connection: Any, timeout: float | None = None) -> None:
+    """psycogreen's wait, which also stops the server's work when the waiting greenlet is interrupted.
+
+    Args:
+        connection: the psycopg2 connection to wait for.
+        timeout: seconds for each wait for the socket; None means no limit of its own.
+    """
+    from psycogreen.gevent import gevent_wait_callback
+
+    try:
+        gevent_wait_callback(connection, timeout)
+    except BaseException:
+        _cancel(connection)
+        raise
+
+
+def _cancel(connection: Any) -> None:
+    """Ask the server to stop a query nobody waits for; psycopg2 closes the connection right after."""
+    import gevent
+    import psycopg2
+    from psycopg2 import extensions
+
+    if connection.closed or connection.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE:
+        return
+    # PQcancel blocks until the server has answered, so it runs in a native thread; the greenlet must wait for
+    # it all the same, because psycopg2 frees the connection once this callback has raised.
+    cancelling = gevent.get_hub().threadpool.spawn(connection.cancel)
+    while not cancelling.ready():
+        try:
+            cancelling.wait()
+        except BaseException:  # noqa: BLE001 - a second kill or time-out; the first one is raised anyway
+            continue
+    failure = cancelling.exception
+    if failure is not None and not isinstance(failure, psycopg2.Error):
+        raise failure
+
+
+PATCH = Psycopg2Patch()
+patch, unpatch, is_patched = PATCH.patch, PATCH.unpatch, PATCH.is_patched

@@ -1,0 +1,133 @@
+"""The standard library: sockets, DNS, time, threads, locks, subprocesses, ... become cooperative (gevent).
+
+Replaces what ``gevent.monkey.patch_all()`` replaces.  gevent has no way back, so what it did is found by
+comparing the modules before and after, and goes into the ledger like every other patch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import threading
+import warnings
+from types import ModuleType
+from typing import Any
+
+from puff_patch.patches.base import Patch
+
+# Every module that gevent.monkey, up to 26.x, writes to.
+_TOUCHED = (
+    "_thread",
+    "_threading_local",
+    "builtins",
+    "concurrent.futures.thread",
+    "contextvars",
+    "logging",
+    "os",
+    "queue",
+    "select",
+    "selectors",
+    "signal",
+    "socket",
+    "ssl",
+    "subprocess",
+    "sys",
+    "threading",
+    "time",
+)
+
+
+class SocketsPatch(Patch):
+    """gevent's monkey patch, made reversible."""
+
+    name = "sockets"
+    modules = ("sys",)  # always imported: applied at once
+
+    def apply(self, module: ModuleType) -> None:
+        """Run gevent's patch and record what it replaced."""
+        import gevent.monkey
+        from gevent.monkey import _state  # type: ignore[attr-defined]
+
+        if _state.is_anything_patched():
+            # Somebody patched before us (gunicorn -k gevent does): theirs stays when we unpatch.
+            gevent.monkey.patch_all()
+            return
+        before = {name: dict(vars(importlib.import_module(name))) for name in _TOUCHED}
+        self._remember_threads()
+        gevent.monkey.patch_all()
+        for name, attributes in before.items():
+            owner = sys.modules[name]
+            for attribute, original in attributes.items():
+                if vars(owner).get(attribute, self) is not original:
+                    self.ledger.record(owner, attribute, original)
+            for attribute in vars(owner).keys() - attributes.keys():
+                self.ledger.forget(owner, attribute)
+        self.ledger.on_restore(_state.saved.clear)
+
+    def _remember_threads(self) -> None:
+        """gevent also rewrites the main thread's object, the table of threads and log handlers' locks."""
+        main = threading.main_thread()
+        state = dict(vars(main))
+        active: dict[int | None, Any] = dict(threading._active)  # type: ignore[attr-defined]
+        dangling = main in threading._dangling  # type: ignore[attr-defined]
+        handlers = [
+            (handler, handler.lock)
+            for reference in logging._handlerList  # type: ignore[attr-defined]
+            if (handler := reference()) is not None
+        ]
+
+        def restore() -> None:
+            patched_ident = main.ident
+            vars(main).clear()
+            vars(main).update(state)
+            table: dict[int | None, Any] = threading._active  # type: ignore[attr-defined]
+            table.pop(patched_ident, None)
+            table.update(active)
+            if dangling:
+                threading._dangling.add(main)  # type: ignore[attr-defined]
+            for handler, lock in handlers:
+                handler.lock = lock
+
+        self.ledger.on_restore(restore)
+
+
+class PatchedTooLateWarning(RuntimeWarning):
+    """A module imported before `patch_all` holds on to what was replaced."""
+
+
+def warn_of_captured(originals: list[tuple[Any, str, Any]], mine: frozenset[str]) -> None:
+    """Warn once of modules that hold an original under a name of their own.
+
+    Args:
+        originals: what was replaced, as `Ledger.originals` gives it.
+        mine: top-level packages that may hold originals, because the patches rely on them.
+    """
+    wanted: dict[int, str] = {}
+    owners = set()
+    for owner, attribute, original in originals:
+        if callable(original) and getattr(original, "__module__", None) != "builtins":
+            wanted[id(original)] = f"{owner.__name__}.{attribute}"
+        owners.add(getattr(owner, "__module__", owner.__name__))
+    late: dict[str, str] = {}
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        if not isinstance(module, ModuleType) or name in owners or top in mine or top in sys.stdlib_module_names:
+            continue
+        for attribute, value in list(vars(module).items()):
+            if id(value) in wanted and not attribute.startswith("__"):
+                late.setdefault(name, f"{name}.{attribute} (was {wanted[id(value)]})")
+    if late:
+        shown = sorted(late.values())
+        more = f" and {len(shown) - 5} more modules" if len(shown) > 5 else ""
+        warnings.warn(
+            "puff_patch.patch_all() was called too late: these modules were imported before it and still use "
+            f"the blocking originals: {', '.join(shown[:5])}{more}. Make `import puff_patch; "
+            "puff_patch.patch_all()` the first lines of the program (manage.py, wsgi.py).",
+            PatchedTooLateWarning,
+            stacklevel=3,
+        )
+
+
+PATCH = SocketsPatch()
+patch, unpatch, is_patched = PATCH.patch, PATCH.unpatch, PATCH.is_patched

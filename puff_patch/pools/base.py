@@ -1,0 +1,646 @@
+"""A bounded, cooperative pool: everything that does not depend on what is pooled.
+
+The pool counts *slots*.  A slot is the right to have one connection open, so the number of connections can
+never pass ``max_size``: a checkout gets a slot (perhaps still empty) and only then connects.  Names, options,
+statistics and errors follow psycopg_pool (https://www.psycopg.org/psycopg3/docs/api/pool.html).
+
+Two things differ from psycopg_pool, both because programs that never heard of a pool run on this one:
+
+* A connection is opened in the greenlet that asks for it, so an unreachable server raises the driver's own
+  error at once instead of a time-out much later.
+* Cleaning a returned connection happens off the returner's path: in the background if nobody waits, else in
+  the greenlet that gets it next.
+
+Locking: `_lock` is a native lock held for a few bytecodes and never over a switch, so it serves greenlets and
+real threads alike.  A finalizer may run anywhere, also inside such a section, therefore `reclaim` never
+waits for the lock: whoever holds it does the work on release.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
+
+import gevent
+from gevent.event import Event
+from gevent.monkey import get_original
+
+from puff_patch.config import PoolOptions
+from puff_patch.runtime.mailbox import Mailbox
+
+C = TypeVar("C")
+
+logger = logging.getLogger("puff_patch.pools")
+
+_allocate_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
+# Seconds between attempts to bring a pool back to min_size: doubled from the first to the second, jittered.
+_REFILL_FIRST, _REFILL_MOST = 0.5, 30.0
+
+
+class PoolError(Exception):
+    """The base of what a pool itself raises; drivers mix in their own OperationalError."""
+
+
+class PoolTimeout(PoolError):
+    """No connection came free in time."""
+
+
+class TooManyRequests(PoolError):
+    """`max_waiting` checkouts wait already."""
+
+
+class PoolClosed(PoolError):
+    """The pool was closed."""
+
+
+class Discard(Exception):
+    """Raised by a driver's `_reset` or `_check`: the connection is not fit to be handed on."""
+
+
+class Slot(Generic[C]):
+    """The right to one open connection, and the connection once there is one."""
+
+    __slots__ = ("connection", "dirty", "epoch", "expires_at", "generation", "leased_at", "returned_at")
+
+    def __init__(self, generation: int) -> None:
+        self.connection: C | None = None
+        self.generation = generation
+        self.dirty = False
+        self.epoch = 0
+        self.expires_at = 0.0
+        self.leased_at = 0.0
+        self.returned_at = 0.0
+
+
+class _Request(Generic[C]):
+    """A checkout that waits; woken through its own hub's mailbox when another thread serves it."""
+
+    __slots__ = ("_event", "_hub", "_mailbox", "error", "slot")
+
+    def __init__(self) -> None:
+        self.slot: Slot[C] | None = None
+        self.error: BaseException | None = None
+        self._event = Event()
+        self._hub = gevent.get_hub()
+        self._mailbox = Mailbox.current()
+
+    def wait(self, timeout: float) -> None:
+        self._event.wait(timeout)
+
+    def wake(self) -> None:
+        if gevent.get_hub() is self._hub:
+            self._event.set()
+        else:
+            self._mailbox.post(self._event.set)
+
+
+class Pool(Generic[C]):
+    """A bounded pool; subclasses say how to connect, reset, check and close.
+
+    Args:
+        name: what error messages and statistics call the pool.  Never a password.
+        options: sizes and time-outs, see `PoolOptions`.
+    """
+
+    #: The error classes raised; a driver's pool names subclasses of the driver's OperationalError here.
+    PoolTimeout: ClassVar[type[PoolTimeout]] = PoolTimeout
+    TooManyRequests: ClassVar[type[TooManyRequests]] = TooManyRequests
+    PoolClosed: ClassVar[type[PoolClosed]] = PoolClosed
+    #: How a user raises max_size, for the message of `PoolTimeout`.
+    how_to_grow: ClassVar[str] = "raise max_size"
+
+    def __init__(self, name: str, options: PoolOptions) -> None:
+        self.name = _unique(name)
+        self.options = options
+        self._closed = False
+        self._generation = 0  # one more in every forked child
+        self._epoch = 0  # one more at every drain()
+        self._start()
+        _register(self)
+
+    def _start(self) -> None:
+        self._lock = _allocate_lock()
+        self._clean: list[Slot[C]] = []  # ready to be handed out; the last returned goes first
+        self._dirty: deque[Slot[C]] = deque()  # returned, to be reset
+        self._requests: deque[_Request[C]] = deque()
+        self._size = 0
+        self._lost: deque[None] = deque()  # one for each connection dropped without being returned
+        self._janitors = 0
+        self._refilling = False
+        self._pruner: Any = None
+        self._counters = dict.fromkeys(_COUNTERS, 0.0)
+
+    # What a driver provides
+
+    def _connect(self) -> C:
+        """Open a connection; raises the driver's error."""
+        raise NotImplementedError
+
+    def _reset(self, connection: C) -> None:
+        """Make a returned connection as good as new, or raise."""
+        raise NotImplementedError
+
+    def _check(self, connection: C) -> bool:
+        """Whether an idle connection may be handed out; must not wait for the network."""
+        raise NotImplementedError
+
+    def _is_free(self, slot: Slot[C]) -> bool:
+        """Whether nobody but the pool refers to the slot's connection; called under the lock."""
+        return True
+
+    def _close(self, connection: C) -> None:
+        """Close without waiting for the server."""
+        raise NotImplementedError
+
+    def _abandon(self, connection: C) -> None:
+        """In a forked child: forget the parent's connection without a word on its socket."""
+        raise NotImplementedError
+
+    # Checkout and return
+
+    def checkout(self, timeout: float | None = None) -> Slot[C]:
+        """Take a slot with a live, clean connection; the caller moves the connection out of the slot.
+
+        While leased, the pool keeps no reference to the connection, so that one which is dropped without
+        being returned is garbage collected (see `reclaim`).
+
+        Args:
+            timeout: seconds to wait for a free slot; the pool's own by default.
+
+        Raises:
+            PoolTimeout, TooManyRequests, PoolClosed: see there.
+            Exception: whatever the driver raises when it cannot connect.
+        """
+        started = time.monotonic()
+        slot = self._take(self.options.timeout if timeout is None else timeout, started)
+        try:
+            self._prepare(slot)
+        except BaseException as error:
+            self._discard_connection(slot)
+            self._give_back(slot)
+            if isinstance(error, Exception):
+                self._counters["requests_errors"] += 1
+            raise
+        slot.leased_at = time.monotonic()
+        return slot
+
+    def checkin(self, slot: Slot[C], connection: C, *, reusable: bool = True) -> None:
+        """Return a slot taken with `checkout`.  Never waits, never raises for a broken connection.
+
+        Args:
+            slot: what `checkout` returned.
+            connection: the connection that was in it.
+            reusable: False closes the connection instead of keeping it.
+        """
+        now = time.monotonic()
+        if slot.generation != self._generation:
+            return  # leased before a fork, returned after it: the child has no share in it
+        slot.connection = connection
+        self._counters["usage_ms"] += (now - slot.leased_at) * 1000
+        if not reusable:
+            self._counters["returns_bad"] += 1
+        if not reusable or self._closed or slot.epoch != self._epoch or now >= slot.expires_at:
+            self._discard_connection(slot)
+        else:
+            slot.dirty = True
+            slot.returned_at = now
+        self._give_back(slot)
+
+    def reclaim(self, slot: Slot[C]) -> None:
+        """Free the slot of a connection that was garbage collected without being returned.
+
+        Safe in a finalizer: takes no lock that its own thread may hold, and never switches.
+        """
+        if slot.generation != self._generation:
+            return
+        slot.connection = None
+        self._lost.append(None)
+        self._settle_lost()
+
+    def _take(self, timeout: float, started: float) -> Slot[C]:
+        self._lock.acquire()
+        try:
+            counters = self._counters
+            counters["requests_num"] += 1
+            if self._closed:
+                raise self.PoolClosed(f"the pool {self.name} is closed")
+            idle = self._pop_idle(self._is_free)
+            if idle is not None:
+                return idle
+            if self._size < self.options.max_size:
+                self._size += 1
+                return Slot(self._generation)
+            idle = self._pop_idle()
+            if idle is not None:
+                return idle
+            if self.options.max_waiting and len(self._requests) >= self.options.max_waiting:
+                counters["requests_errors"] += 1
+                raise self.TooManyRequests(
+                    f"the pool {self.name} has {len(self._requests)} requests waiting already "
+                    f"(max_waiting={self.options.max_waiting})"
+                )
+            counters["requests_queued"] += 1
+            request: _Request[C] = _Request()
+            self._requests.append(request)
+        finally:
+            self._release_lock()
+        try:
+            # Half of the patience first: then see whether leases lie in garbage that nobody has collected.
+            request.wait(max(0.0, timeout / 2))
+            if request.slot is None and request.error is None:
+                _collect_garbage()
+                request.wait(max(0.0, timeout - (time.monotonic() - started)))
+        except BaseException:
+            self._withdraw(request)
+            if request.slot is not None:
+                self._give_back(request.slot)
+            raise
+        self._withdraw(request)
+        self._counters["requests_wait_ms"] += (time.monotonic() - started) * 1000
+        if request.slot is not None:
+            return request.slot
+        self._counters["requests_errors"] += 1
+        if request.error is not None:
+            raise request.error
+        raise self.PoolTimeout(
+            f"no connection of the pool {self.name} came free within {timeout:g} s: all "
+            f"{self.options.max_size} (max_size) are in use and {len(self._requests)} other requests wait. "
+            f"Hold connections for less long, or {self.how_to_grow}"
+        )
+
+    def _pop_idle(self, fit: Callable[[Slot[C]], bool] | None = None) -> Slot[C] | None:
+        """An idle slot, the last returned first; one that awaits its reset if there is no other."""
+        for slots in (self._clean, self._dirty):
+            for index in range(len(slots) - 1, -1, -1):
+                slot = slots[index]
+                if fit is None or fit(slot):
+                    del slots[index]
+                    return slot
+        return None
+
+    def _withdraw(self, request: _Request[C]) -> None:
+        """Leave the queue; afterwards ``request.slot`` is final."""
+        if request.slot is not None or request.error is not None:
+            return
+        self._lock.acquire()
+        try:
+            if request.slot is None and request.error is None:
+                self._requests.remove(request)
+        finally:
+            self._release_lock()
+
+    def _prepare(self, slot: Slot[C]) -> None:
+        """Leave a connection in the slot that is alive and clean, opening one if need be."""
+        while slot.connection is not None:
+            if self._usable(slot):
+                return
+            self._refill_slot_from_idle(slot)
+        self._open(slot)
+
+    def _usable(self, slot: Slot[C]) -> bool:
+        """Whether the slot's connection is fit for a lease; if not, it is gone afterwards."""
+        assert slot.connection is not None
+        if time.monotonic() >= slot.expires_at:
+            self._discard_connection(slot)
+            return False
+        if slot.dirty and not self._clean_up(slot):
+            return False
+        if self._is_free(slot) and self._check(slot.connection):
+            return True
+        self._counters["connections_lost"] += 1
+        self._discard_connection(slot)
+        return False
+
+    def _refill_slot_from_idle(self, slot: Slot[C]) -> None:
+        """Move another idle connection into this emptied slot, if there is one: cheaper than connecting."""
+        self._lock.acquire()
+        try:
+            other = self._pop_idle(self._is_free)
+            if other is None:
+                return
+            self._size -= 1
+        finally:
+            self._release_lock()
+        slot.connection, slot.dirty = other.connection, other.dirty
+        slot.epoch, slot.expires_at, slot.returned_at = other.epoch, other.expires_at, other.returned_at
+
+    def _open(self, slot: Slot[C]) -> None:
+        started = time.monotonic()
+        self._counters["connections_num"] += 1
+        try:
+            slot.connection = self._connect()
+        except Exception:
+            self._counters["connections_errors"] += 1
+            raise
+        now = time.monotonic()
+        self._counters["connections_ms"] += (now - started) * 1000
+        slot.dirty = False
+        slot.epoch = self._epoch
+        # Jitter as psycopg_pool has it, so that a pool filled at once is not replaced at once.
+        slot.expires_at = now + self.options.max_lifetime * random.uniform(0.95, 1.0)
+
+    def _clean_up(self, slot: Slot[C]) -> bool:
+        """Reset the slot's connection; False if it had to be discarded."""
+        assert slot.connection is not None
+        try:
+            self._reset(slot.connection)
+        except Discard:
+            self._counters["returns_bad"] += 1
+        except Exception as error:  # noqa: BLE001  any failure means one thing: do not hand this one on
+            self._counters["returns_bad"] += 1
+            logger.info("pool %s: a returned connection could not be reset: %s", self.name, error)
+        else:
+            slot.dirty = False
+            return True
+        self._discard_connection(slot)
+        return False
+
+    def _discard_connection(self, slot: Slot[C]) -> None:
+        connection, slot.connection = slot.connection, None
+        slot.dirty = False
+        if connection is not None:
+            self._close(connection)
+
+    def _give_back(self, slot: Slot[C]) -> None:
+        """Hand the slot to the first in the queue, or keep its connection, or let it go."""
+        self._lock.acquire()
+        try:
+            if self._requests:
+                # Also an empty slot is worth having: its new holder connects by itself.
+                request = self._requests.popleft()
+                request.slot = slot
+            else:
+                request = None
+                if slot.connection is None:
+                    self._size -= 1
+                elif slot.dirty:
+                    self._dirty.append(slot)
+                else:
+                    self._clean.append(slot)
+        finally:
+            self._release_lock()
+        if request is not None:
+            request.wake()
+        elif slot.connection is None:
+            self._refill()
+        else:
+            if slot.dirty:
+                self._send_janitor()
+            self._plan_prune()
+
+    def _release_lock(self) -> None:
+        self._lock.release()
+        if self._lost:
+            self._settle_lost()
+
+    def _settle_lost(self) -> None:
+        """Turn lost slots into free ones, unless whoever holds the lock will (see `_release_lock`)."""
+        woken = []
+        while self._lost and self._lock.acquire(False):
+            try:
+                while self._lost:
+                    self._lost.popleft()
+                    if self._requests:
+                        request = self._requests.popleft()
+                        request.slot = Slot(self._generation)
+                        woken.append(request)
+                    else:
+                        self._size -= 1
+            finally:
+                self._lock.release()
+        for request in woken:
+            request.wake()
+
+    # In the background
+
+    def _send_janitor(self) -> None:
+        # As many as there is work for, up to a few: resets wait for the server, not for each other.
+        if self._janitors < min(len(self._dirty), 4):
+            self._janitors += 1
+            gevent.spawn(self._janitor, self._generation)
+
+    def _janitor(self, generation: int) -> None:
+        try:
+            while generation == self._generation:
+                self._lock.acquire()
+                try:
+                    slot = self._dirty.popleft() if self._dirty else None
+                finally:
+                    self._release_lock()
+                if slot is None:
+                    return
+                try:
+                    self._clean_up(slot)
+                except BaseException:
+                    self._discard_connection(slot)
+                    raise
+                finally:
+                    self._give_back(slot)
+        finally:
+            if generation == self._generation:
+                self._janitors -= 1
+
+    def open(self) -> None:
+        """Begin to open `min_size` connections in the background."""
+        self._refill()
+
+    def _refill(self) -> None:
+        if self._size < self.options.min_size and not self._refilling and not self._closed:
+            self._refilling = True
+            gevent.spawn(self._refill_until_full, self._generation)
+
+    def _refill_until_full(self, generation: int) -> None:
+        pause = _REFILL_FIRST
+        try:
+            while generation == self._generation and not self._closed:
+                self._lock.acquire()
+                try:
+                    if self._size >= self.options.min_size:
+                        return
+                    self._size += 1
+                    slot: Slot[C] = Slot(self._generation)
+                finally:
+                    self._release_lock()
+                try:
+                    self._open(slot)
+                    slot.returned_at = time.monotonic()
+                    pause = _REFILL_FIRST
+                except Exception as error:  # noqa: BLE001  told, counted and tried again
+                    logger.warning("pool %s: cannot open a connection, will retry: %s", self.name, error)
+                finally:
+                    if slot.connection is None:
+                        self._lock.acquire()
+                        self._size -= 1
+                        self._release_lock()
+                    else:
+                        self._give_back(slot)
+                if slot.connection is None:
+                    gevent.sleep(pause * random.uniform(0.8, 1.2))
+                    pause = min(pause * 2, _REFILL_MOST)
+        finally:
+            if generation == self._generation:
+                self._refilling = False
+
+    def _plan_prune(self) -> None:
+        if self._pruner is None:
+            # ref=False: an idle pool does not keep a finished program alive.
+            self._pruner = gevent.get_hub().loop.timer(self.options.max_idle, ref=False)
+            self._pruner.start(gevent.spawn, self._prune, self._generation)
+
+    def _prune(self, generation: int) -> None:
+        """Close what has not been used for `max_idle` seconds; come again while anything is idle."""
+        if generation != self._generation:
+            return
+        now = time.monotonic()
+        stale: list[Slot[C]] = []
+        self._lock.acquire()
+        try:
+            self._pruner = None
+            spare = max(0, self._size - self.options.min_size)
+            for slot in list(self._clean):  # the longest unused is first
+                if len(stale) >= spare:
+                    break
+                if now - slot.returned_at >= self.options.max_idle:
+                    self._clean.remove(slot)
+                    stale.append(slot)
+            self._size -= len(stale)
+            more = bool(self._clean or self._dirty)
+        finally:
+            self._release_lock()
+        for slot in stale:
+            self._discard_connection(slot)
+        if more:
+            self._plan_prune()
+
+    # Life and statistics
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close idle connections now and leased ones at their return; waiting requests get `PoolClosed`."""
+        self._closed = True
+        self.drain()
+        self._lock.acquire()
+        try:
+            requests = list(self._requests)
+            self._requests.clear()
+            for request in requests:
+                request.error = self.PoolClosed(f"the pool {self.name} was closed while this request waited")
+        finally:
+            self._release_lock()
+        if self._pruner is not None:
+            self._pruner.stop()
+            self._pruner = None
+        for request in requests:
+            request.wake()
+        _pools.discard(self)
+
+    def drain(self) -> None:
+        """Close idle connections now and leased ones at their return; new ones take their place."""
+        self._lock.acquire()
+        try:
+            self._epoch += 1
+            slots = [*self._clean, *self._dirty]
+            self._clean.clear()
+            self._dirty.clear()
+            self._size -= len(slots)
+        finally:
+            self._release_lock()
+        for slot in slots:
+            self._discard_connection(slot)
+        self._refill()
+
+    def idle(self) -> list[C]:
+        """The connections nobody uses now."""
+        return [slot.connection for slot in (*self._clean, *self._dirty) if slot.connection is not None]
+
+    def get_stats(self) -> dict[str, int]:
+        """Counters and gauges under psycopg_pool's keys; times in milliseconds."""
+        return {
+            "pool_min": self.options.min_size,
+            "pool_max": self.options.max_size,
+            "pool_size": self._size,
+            "pool_available": len(self._clean) + len(self._dirty),
+            "requests_waiting": len(self._requests),
+            **{key: int(value) for key, value in self._counters.items()},
+        }
+
+    def _after_fork_in_child(self) -> None:
+        inherited = [*self._clean, *self._dirty]
+        self._generation += 1
+        self._start()
+        for slot in inherited:
+            if slot.connection is not None:
+                self._abandon(slot.connection)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self._size}/{self.options.max_size}>"
+
+
+_COUNTERS = (
+    "requests_num",
+    "requests_queued",
+    "requests_wait_ms",
+    "requests_errors",
+    "usage_ms",
+    "returns_bad",
+    "connections_num",
+    "connections_ms",
+    "connections_errors",
+    "connections_lost",
+)
+
+# Seconds between two garbage collections made for want of connections: each stops the whole process.
+_COLLECT_AT_MOST_EVERY = 10.0
+_collected_at = 0.0
+
+
+def _collect_garbage() -> None:
+    """Free leases that were dropped inside reference cycles (tracebacks, for one)."""
+    global _collected_at
+    now = time.monotonic()
+    if now - _collected_at >= _COLLECT_AT_MOST_EVERY:
+        _collected_at = now
+        gc.collect()
+
+
+_pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
+_fork_hook_installed = False
+
+
+def _unique(name: str) -> str:
+    """Two pools of one server (their options differ) are told apart by a number."""
+    taken = {pool.name for pool in _pools}
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name} ({number})"
+    return candidate
+
+
+def _register(pool: Pool[Any]) -> None:
+    global _fork_hook_installed
+    if not _fork_hook_installed:
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+        _fork_hook_installed = True
+    _pools.add(pool)
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool._after_fork_in_child()
+
+
+def all_pools() -> list[Pool[Any]]:
+    """The open pools of this process."""
+    return sorted(_pools, key=lambda pool: pool.name)

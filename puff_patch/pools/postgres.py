@@ -1,0 +1,402 @@
+"""The psycopg2 pool, and the connection class whose instances are its leases.
+
+A lease *is* a ``psycopg2.extensions.connection``, not a proxy of one, because psycopg2's C functions
+(``register_type``, ``quote_ident``, ``adapt(x).prepare``, ...) want the real object.  ``close()`` returns it.
+To make a returned handle as dead as a closed one, its ``__class__`` is switched to a class that raises
+InterfaceError; and a connection is never leased again while anybody still holds a reference to it (seen in
+its reference count): it is replaced instead.  So an old handle, or a cursor of it, can never reach into somebody
+else's session, and the hot path runs psycopg2's own C methods.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+import gevent
+import psycopg2
+from gevent.monkey import get_original
+from psycopg2 import _psycopg, extensions
+
+from puff_patch.config import PoolOptions, current, unreachable_hint
+from puff_patch.pools import base
+from puff_patch.pools.base import Discard, Pool, Slot
+
+_POLL_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
+_poll: Callable[[], Any] = get_original("select", "poll")
+# What psycopg2.connect() calls, which is replaced by a patch.
+_connect: Callable[..., Any] = _psycopg._connect
+# The methods of psycopg2's own class, whatever class an instance has now.
+_C: Any = extensions.connection
+_RETURNABLE = frozenset(
+    {
+        extensions.TRANSACTION_STATUS_IDLE,
+        extensions.TRANSACTION_STATUS_INTRANS,
+        extensions.TRANSACTION_STATUS_INERROR,
+    }
+)
+# What libpq says when it reached no server at all, as against one that refused the login.
+_UNREACHABLE = re.compile(
+    r"refused|could not connect|could not translate|No such file|timeout expired|unreachable|No route"
+    r"|reset by peer",
+    re.IGNORECASE,
+)
+
+
+class PoolTimeout(base.PoolTimeout, psycopg2.OperationalError):
+    """No connection came free in time."""
+
+
+class TooManyRequests(base.TooManyRequests, psycopg2.OperationalError):
+    """`max_waiting` checkouts wait already."""
+
+
+class PoolClosed(base.PoolClosed, psycopg2.OperationalError):
+    """The pool was closed."""
+
+
+class _Lease:
+    """What a leased connection knows of its pool."""
+
+    __slots__ = ("pool", "slot")
+
+    def __init__(self, pool: PostgresPool, slot: Slot[Any]) -> None:
+        self.pool = pool
+        self.slot = slot
+
+
+class _Cursors:
+    """The cursors of a connection that are still alive, over all its leases."""
+
+    __slots__ = ("_prune_at", "_references")
+
+    def __init__(self) -> None:
+        self._references: list[weakref.ref[extensions.cursor]] = []
+        self._prune_at = 64
+
+    def add(self, cursor: extensions.cursor) -> None:
+        self._references.append(weakref.ref(cursor))
+        if len(self._references) > self._prune_at:
+            self._prune_at = 2 * len(self.alive()) + 64
+
+    def alive(self) -> list[extensions.cursor]:
+        found = [cursor for reference in self._references if (cursor := reference()) is not None]
+        if len(found) < len(self._references):
+            self._references = [weakref.ref(cursor) for cursor in found]
+        return found
+
+
+class LeasedConnection(extensions.connection):
+    """A connection leased from a pool; `close` returns it."""
+
+    _puff_lease: _Lease | None = None
+    _puff_cursors: _Cursors
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A caller's connection_factory may define __init__; it runs at every lease, the connecting once.
+        if self.dsn is None:
+            super().__init__(*args, **kwargs)
+            self._puff_cursors = _Cursors()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg2's; remembered, to be closed when the lease ends."""
+        cursor = super().cursor(*args, **kwargs)
+        self._puff_cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        """Return the lease: from now on this handle and its cursors raise InterfaceError."""
+        lease = self._puff_lease
+        if lease is None:
+            super().close()
+            return
+        self._puff_lease = None
+        for cursor in self._puff_cursors.alive():
+            if cursor.name is None:  # closing a named cursor asks the server: left to `_reset`
+                cursor.close()
+        reusable = (
+            not self.closed
+            and self.get_transaction_status() in _RETURNABLE
+            and self.status != extensions.STATUS_PREPARED
+        )
+        self.__class__ = _returned_class(type(self))
+        lease.pool.checkin(lease.slot, self, reusable=reusable)
+
+    def __del__(self) -> None:
+        # Dropped without close(): psycopg2 closes the connection; its place in the pool is free again.
+        lease = self._puff_lease
+        if lease is not None:
+            self._puff_lease = None
+            lease.pool.reclaim(lease.slot)
+
+
+def _closed_error(*args: Any, **kwargs: Any) -> Any:
+    raise psycopg2.InterfaceError("connection already closed")
+
+
+_FORBIDDEN_METHODS = (
+    "__enter__",
+    "__exit__",
+    "cancel",
+    "commit",
+    "cursor",
+    "fileno",
+    "get_backend_pid",
+    "get_dsn_parameters",
+    "get_native_connection",
+    "get_parameter_status",
+    "get_transaction_status",
+    "isexecuting",
+    "lobject",
+    "poll",
+    "reset",
+    "rollback",
+    "set_client_encoding",
+    "set_isolation_level",
+    "set_session",
+    "tpc_begin",
+    "tpc_commit",
+    "tpc_prepare",
+    "tpc_recover",
+    "tpc_rollback",
+    "xid",
+)
+_READ_ONLY_ATTRIBUTES = ("autocommit", "deferrable", "isolation_level", "readonly")
+
+
+def _make_leased_class(factory: Any) -> Any:
+    """The class of a lease for a caller's connection_factory: LeasedConnection comes behind it in the MRO."""
+    if factory is extensions.connection:
+        return LeasedConnection
+    if issubclass(factory, LeasedConnection):
+        return factory
+    return type(factory.__name__, (factory, LeasedConnection), {"__module__": factory.__module__})
+
+
+def _make_returned_class(leased: Any) -> Any:
+    """What a lease of this class turns into when it is returned."""
+    body: dict[str, Any] = {"__module__": leased.__module__, "closed": property(lambda self: 1)}
+    body.update(dict.fromkeys(_FORBIDDEN_METHODS, _closed_error))
+    for name in _READ_ONLY_ATTRIBUTES:
+        body[name] = property(getattr(extensions.connection, name).__get__, _closed_error)
+    body["close"] = lambda self: None
+    body["__del__"] = lambda self: None
+    body["__repr__"] = lambda self: f"<connection object at {id(self):#x}; returned to its pool>"
+    return type(leased.__name__, (leased,), body)
+
+
+_leased_class: Callable[[Any], Any] = cache(_make_leased_class)
+_returned_class: Callable[[Any], Any] = cache(_make_returned_class)
+
+
+class _ResettingConnection(_returned_class(LeasedConnection)):  # type: ignore[misc]
+    """A returned connection while its pool resets it: only the wait callback may get through."""
+
+    poll = extensions.connection.poll
+    fileno = extensions.connection.fileno
+
+
+class PostgresPool(Pool[LeasedConnection]):
+    """A bounded pool of psycopg2 connections to one DSN.
+
+    Args:
+        dsn: a libpq connection string.
+        options: sizes and time-outs.
+        setup: SQL run on every new connection and after every reset, e.g. ``SET TIME ZONE 'UTC'``.
+        name: for messages and statistics; derived from the DSN by default.
+    """
+
+    PoolTimeout = PoolTimeout
+    TooManyRequests = TooManyRequests
+    PoolClosed = PoolClosed
+    how_to_grow: ClassVar[str] = (
+        'raise max_size (PUFF_POSTGRES_POOL_MAX_SIZE, or OPTIONS["pool"] in DATABASES) within what '
+        "the server's max_connections allows for all processes"
+    )
+
+    def __init__(self, dsn: str, options: PoolOptions, *, setup: str | None = None, name: str = "") -> None:
+        self._dsn = dsn
+        self._setup = setup
+        super().__init__(name or display_name(extensions.parse_dsn(dsn)), options)
+
+    def lease(
+        self,
+        factory: type[extensions.connection] = extensions.connection,
+        timeout: float | None = None,
+    ) -> extensions.connection:
+        """Lease a connection as an instance of ``factory``; its ``close()`` returns it.
+
+        Args:
+            factory: a subclass of ``psycopg2.extensions.connection``.
+            timeout: seconds to wait for a free place; the pool's own by default.
+
+        Raises:
+            PoolTimeout, TooManyRequests, PoolClosed: see there.
+            psycopg2.OperationalError: the server cannot be reached or refuses.
+        """
+        slot = self.checkout(timeout)
+        connection, slot.connection = slot.connection, None
+        assert connection is not None
+        leased = _leased_class(factory)
+        connection.__class__ = leased
+        connection._puff_lease = _Lease(self, slot)
+        if leased.__init__ is not LeasedConnection.__init__:
+            try:
+                connection.__init__(self._dsn)  # type: ignore[misc]
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
+    def _connect(self) -> LeasedConnection:
+        limit = extensions.parse_dsn(self._dsn).get("connect_timeout")
+        # In its cooperative mode libpq leaves connect_timeout to its caller; 0 means for ever there.
+        seconds = float(limit) if limit and float(limit) > 0 else self.options.timeout
+        timeout = gevent.Timeout(seconds)
+        timeout.start()
+        try:
+            connection: LeasedConnection = _connect(self._dsn, connection_factory=LeasedConnection)
+        except gevent.Timeout as expired:
+            if expired is not timeout:
+                raise
+            raise self._unreachable(f"timeout expired: no answer in {seconds:g} s") from None
+        except psycopg2.OperationalError as error:
+            if _UNREACHABLE.search(str(error)):
+                raise self._unreachable(str(error)) from error
+            raise
+        finally:
+            timeout.close()
+        if self._setup:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(self._setup)
+            connection.autocommit = False
+        return connection
+
+    def _unreachable(self, reason: str) -> psycopg2.OperationalError:
+        return psycopg2.OperationalError(
+            f"cannot reach PostgreSQL at {self.name}: {reason.strip()}\n{unreachable_hint('postgres')}"
+        )
+
+    def _reset(self, connection: LeasedConnection) -> None:
+        connection.__class__ = _ResettingConnection
+        cursors = connection._puff_cursors
+        for cursor in cursors.alive():
+            cursor.close()
+        # psycopg2's own methods: the instance's raise on everything while it is in the pool.
+        if _C.get_transaction_status(connection) != extensions.TRANSACTION_STATUS_IDLE:
+            _C.rollback(connection)
+        if connection.isolation_level or connection.readonly or connection.deferrable:
+            _C.set_session(connection, isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT")
+        # In autocommit no BEGIN goes out before DISCARD ALL.
+        _C.set_session(connection, autocommit=True)
+        with extensions.cursor(connection) as cursor:
+            # SET, temporary tables, LISTEN, advisory locks, prepared statements, open cursors.
+            cursor.execute("DISCARD ALL")
+            if self._setup:
+                cursor.execute(self._setup)
+        if _C.get_parameter_status(connection, "client_encoding") != connection.encoding or not (
+            _C.get_parameter_status(connection, "DateStyle") or ""
+        ).startswith("ISO"):
+            _C.reset(connection)  # psycopg2 reads the encoding anew and asks for ISO dates again
+        _C.set_session(connection, autocommit=False)
+        connection.cursor_factory = None  # type: ignore[assignment]
+        connection.string_types.clear()
+        connection.binary_types.clear()
+        connection.notices = []
+        connection.notifies = []
+        vars(connection).clear()
+        connection._puff_cursors = cursors
+        connection.__class__ = _returned_class(LeasedConnection)
+
+    def _check(self, connection: LeasedConnection) -> bool:
+        if _C.get_transaction_status(connection) != extensions.TRANSACTION_STATUS_IDLE:
+            return False
+        # An idle session has nothing to say: bytes or EOF mean that the server ended it.
+        poll = _poll()
+        poll.register(_C.fileno(connection), _POLL_READABLE)
+        return not poll.poll(0)
+
+    def _is_free(self, slot: Slot[LeasedConnection]) -> bool:
+        # Somebody who still holds the old handle could use the next lease: see the module.  Old cursors are
+        # closed for good; each accounts for one reference.
+        references = sys.getrefcount(slot.connection)
+        if references <= _IDLE_REFERENCES:
+            return True
+        assert slot.connection is not None
+        return references - len(slot.connection._puff_cursors.alive()) <= _IDLE_REFERENCES
+
+    def _close(self, connection: LeasedConnection) -> None:
+        _C.close(connection)
+
+    def _abandon(self, connection: LeasedConnection) -> None:
+        """Nothing to do: psycopg2 leaves the socket alone in a process that did not open it."""
+
+
+def _idle_references() -> int:
+    """What ``sys.getrefcount(slot.connection)`` gives, in this interpreter, if only the slot refers to it."""
+    slot: Slot[Any] = Slot(0)
+    slot.connection = object()
+    return sys.getrefcount(slot.connection)
+
+
+_IDLE_REFERENCES = _idle_references()
+
+
+def display_name(parameters: Mapping[str, Any]) -> str:
+    """A URL without secrets that tells a reader which server and database are meant."""
+    host = parameters.get("host") or os.environ.get("PGHOST") or "local socket"
+    port = parameters.get("port") or os.environ.get("PGPORT") or "5432"
+    user = parameters.get("user") or os.environ.get("PGUSER") or ""
+    database = parameters.get("dbname") or os.environ.get("PGDATABASE") or user
+    where = host if host.startswith(("/", "@")) or host == "local socket" else f"{host}:{port}"
+    return f"postgres://{user}@{where}/{database}" if user else f"postgres://{where}/{database}"
+
+
+# What libpq takes from the environment if a DSN leaves it out, so that it is part of what a DSN means.
+_LIBPQ_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS")
+
+_registry: dict[Any, PostgresPool] = {}
+_registry_lock = get_original("_thread", "allocate_lock")()
+
+
+def get_pool(dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str | None = None) -> PostgresPool:
+    """The pool of this process for a DSN with these options; made at the first call.
+
+    Args:
+        dsn: a libpq connection string.
+        overrides: pool options that differ from the configured defaults.
+        setup: see `PostgresPool`.
+
+    Raises:
+        puff_patch.config.ConfigError: an unknown or impossible option.
+    """
+    environment = tuple(map(os.environ.get, _LIBPQ_VARIABLES))
+    key = (dsn, tuple(sorted((overrides or {}).items())), setup, environment)
+    pool = _registry.get(key)
+    if pool is None or pool.closed:
+        options = current().postgres_pool.merged(overrides or {}, where="PostgreSQL pool options")
+        with _registry_lock:
+            pool = _registry.get(key)
+            if pool is None or pool.closed:
+                pool = _registry[key] = PostgresPool(dsn, options, setup=setup)
+        pool.open()
+    return pool
+
+
+__all__ = [
+    "Discard",
+    "LeasedConnection",
+    "PoolClosed",
+    "PoolTimeout",
+    "PostgresPool",
+    "TooManyRequests",
+    "display_name",
+    "get_pool",
+]

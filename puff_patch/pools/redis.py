@@ -1,0 +1,228 @@
+"""The Redis pool: redis-py's own `ConnectionPool`, bounded by and waiting on ours.
+
+redis-py's pool raises when it is full; this one makes the next command wait its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import redis
+from gevent.monkey import get_original
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from puff_patch.config import PoolOptions, current, unreachable_hint
+from puff_patch.pools import base
+from puff_patch.pools.base import Pool, Slot
+
+
+class PoolTimeout(base.PoolTimeout, redis.exceptions.ConnectionError):
+    """No connection came free in time."""
+
+
+class TooManyRequests(base.TooManyRequests, redis.exceptions.ConnectionError):
+    """`max_waiting` checkouts wait already."""
+
+
+class PoolClosed(base.PoolClosed, redis.exceptions.ConnectionError):
+    """The pool was closed."""
+
+
+class _Connections(Pool[Any]):
+    """The bounded pool inside a `RedisPool`."""
+
+    PoolTimeout = PoolTimeout
+    TooManyRequests = TooManyRequests
+    PoolClosed = PoolClosed
+    how_to_grow: ClassVar[str] = "raise max_size (PUFF_REDIS_POOL_MAX_SIZE, or max_connections of the client)"
+
+    def __init__(
+        self, name: str, options: PoolOptions, make: Callable[[], Any], may_push: Callable[[], bool]
+    ) -> None:
+        self._make = make
+        self._may_push = may_push
+        super().__init__(name, options)
+
+    def _connect(self) -> Any:
+        connection = self._make()
+        try:
+            connection.connect()
+        except redis.exceptions.AuthenticationError:
+            raise
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            raise type(error)(
+                f"cannot reach Redis at {self.name}: {error}\n{unreachable_hint('redis')}"
+            ) from error
+        return connection
+
+    def _reset(self, connection: Any) -> None:
+        """Nothing: redis-py leaves a connection clean, or disconnects it."""
+
+    def _check(self, connection: Any) -> bool:
+        if not connection.is_connected:
+            return False
+        try:
+            # An idle connection has nothing to say, but for RESP3's push messages: data or EOF mean that it
+            # is out of step or dead.
+            return not connection.can_read() or self._may_push()
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError):
+            return False
+
+    def _close(self, connection: Any) -> None:
+        connection.disconnect()
+
+    def _abandon(self, connection: Any) -> None:
+        """Nothing: dropping it closes the child's descriptor only."""
+
+
+class RedisPool(redis.ConnectionPool):
+    """A `redis.ConnectionPool` that waits when it is full.
+
+    Args:
+        max_connections: connections that may be open at once; redis-py's own default if None.
+        timeout: seconds a command waits for a connection; the configured default if None.
+        connection_kwargs: as for `redis.ConnectionPool`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        max_connections: int | None = None,
+        timeout: float | None = None,
+        **connection_kwargs: Any,
+    ) -> None:
+        connection_kwargs["max_connections"] = max_connections
+        super().__init__(*args, **connection_kwargs)
+        overrides: dict[str, Any] = {"max_size": self.max_connections, "min_size": 0}
+        if timeout is not None:
+            overrides["timeout"] = timeout
+        options = current().redis_pool.merged(overrides, where="Redis pool options")
+        self._leased: dict[Any, Slot[Any]] = {}
+        self._connections = _Connections(
+            display_name(self.connection_kwargs), options, self.make_connection, self._may_push
+        )
+
+    def _may_push(self) -> bool:
+        # redis-py before 6.4 knows no maintenance notifications
+        enabled: Callable[[], bool] = getattr(self, "maint_notifications_enabled", bool)
+        return self.cache is not None or enabled()
+
+    def reset(self) -> None:
+        """Forget all connections, as `redis.ConnectionPool.reset` does."""
+        super().reset()
+        if "_connections" in vars(self):  # redis-py's __init__ calls this first
+            self._leased.clear()
+            self._connections.drain()
+
+    def get_connection(self, command_name: Any = None, *keys: Any, **options: Any) -> Any:
+        """A connected connection; waits its turn when all are in use.
+
+        Raises:
+            PoolTimeout, TooManyRequests, PoolClosed: see there.
+            redis.exceptions.ConnectionError: the server cannot be reached.
+        """
+        slot = self._connections.checkout()
+        connection, slot.connection = slot.connection, None
+        self._leased[connection] = slot
+        return connection
+
+    def release(self, connection: Any) -> None:
+        """Return a connection taken with `get_connection`."""
+        slot = self._leased.pop(connection, None)
+        if slot is None:
+            connection.disconnect()  # of another pool, or of this one before a fork or a reset
+            return
+        self._connections.checkin(slot, connection, reusable=connection.is_connected)
+
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        """Disconnect all connections, optionally also those in use; the pool can be used afterwards."""
+        if inuse_connections:
+            for connection in list(self._leased):
+                connection.disconnect()
+        self._connections.drain()
+
+    def close(self) -> None:
+        """Disconnect everything, as `redis.ConnectionPool.close` does."""
+        self.disconnect()
+
+    def get_stats(self) -> dict[str, int]:
+        """Counters and gauges under psycopg_pool's keys."""
+        return self._connections.get_stats()
+
+    def _get_free_connections(self) -> set[Any]:
+        return set(self._connections.idle())
+
+    def _get_in_use_connections(self) -> set[Any]:
+        return set(self._leased)
+
+
+def display_name(kwargs: Mapping[str, Any]) -> str:
+    """A URL without secrets that tells a reader which server and database are meant."""
+    if "path" in kwargs:
+        return f"unix://{kwargs['path']}?db={kwargs.get('db', 0)}"
+    host, port = kwargs.get("host", "localhost"), kwargs.get("port", 6379)
+    return f"redis://{host}:{port}/{kwargs.get('db', 0)}"
+
+
+# What a shared client does that redis-py leaves open: no wait without a limit, short retries.
+_SHARED_DEFAULTS: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 30.0}
+
+_clients: dict[Any, tuple[redis.Redis, object]] = {}
+_clients_lock = get_original("_thread", "allocate_lock")()
+
+
+def shared_client(
+    url: str, options: Mapping[str, Any] | None = None, pool_class: type[redis.ConnectionPool] | None = None
+) -> redis.Redis:
+    """The one client of this process for a URL with these options, over a bounded pool; made at first use.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``.
+        options: keyword arguments of the pool and its connections.
+        pool_class: another pool class than `RedisPool`.
+    """
+    options = dict(options or {})
+    # driver_info says who we are to the server; Django builds an equal one that compares unequal each time.
+    key = (url, pool_class, freeze({k: v for k, v in options.items() if k != "driver_info"}))
+    found = _clients.get(key)
+    if found is None:
+        with _clients_lock:
+            found = _clients.get(key)
+            if found is None:
+                settings = dict(options)
+                if pool_class is None:
+                    settings = {**_SHARED_DEFAULTS, "retry": _short_retry(), **settings}
+                    settings.setdefault("max_connections", current().redis_pool.max_size)
+                pool = (pool_class or RedisPool).from_url(url, **settings)
+                # The options are kept: a key may hold the id() of one of their values.
+                found = _clients[key] = (redis.Redis(connection_pool=pool), options)
+    return found[0]
+
+
+def _short_retry() -> Retry:
+    # redis-py's default may spend more than ten seconds on a server that is down; a page should not.
+    return Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3)
+
+
+def freeze(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options as a dictionary key; what cannot be hashed counts by identity, so its owner must keep it."""
+    return tuple((name, _hashable(value)) for name, value in sorted(options.items()))
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def close_shared_clients() -> None:
+    """Close the pools of all shared clients."""
+    with _clients_lock:
+        clients = [client for client, _ in _clients.values()]
+        _clients.clear()
+    for client in clients:
+        client.connection_pool.close()
