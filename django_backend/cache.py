@@ -7,6 +7,7 @@ Django's and the pool's: ``max_connections``, ``timeout`` (seconds a command wai
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from django.core.cache.backends import redis
@@ -14,6 +15,12 @@ from django.utils.functional import cached_property
 
 from puff_patch.config import current
 from puff_patch.patches.django import get_client, shared_cache_client
+
+
+@cache
+def _configured_server(service: str) -> str:
+    # Django makes a cache object for each request, and reading the configuration costs more than a GET.
+    return current().redis_url(service)
 
 
 class RedisCacheClient(redis.RedisCacheClient):
@@ -37,5 +44,5 @@ class RedisCache(redis.RedisCache):
 
     @cached_property
     def _cache(self) -> Any:
-        servers = [current().redis_url(self._service)] if self._configured else self._servers
+        servers = [_configured_server(self._service)] if self._configured else self._servers
         return shared_cache_client(RedisCacheClient, servers, self._options)

@@ -3,7 +3,7 @@
 Replaces ``RedisCache._cache`` and ``RedisCacheClient.get_client`` (one shared client a URL), and of the
 PostgreSQL backend's ``DatabaseWrapper``: ``get_connection_params`` (the time zone comes with the lease) and
 ``connect`` (a lease goes back at the end of the request, whatever CONN_MAX_AGE says, and at the end of its
-greenlet).  Every other effect on Django comes from the patches of the drivers.
+greenlet) and ``close_pool`` (test databases can be dropped).  Every other effect on Django comes from the patches of the drivers.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class DjangoPatch(Patch):
 
     def _apply_postgresql(self, wrapper_class: Any) -> None:
         get_params, connect = wrapper_class.get_connection_params, wrapper_class.connect
+        close_native_pool = wrapper_class.close_pool
 
         @functools.wraps(get_params)
         def get_connection_params(self: Any) -> dict[str, Any]:
@@ -61,8 +62,15 @@ class DjangoPatch(Patch):
                 self.close_at = time.monotonic()
                 _return_at_end_of_greenlet(self)
 
+        @functools.wraps(close_native_pool)
+        def close_pool(self: Any) -> None:
+            close_native_pool(self)
+            # Django calls this before it drops or copies a test database, which must have no sessions then.
+            close_idle_connections(self)
+
         self.ledger.replace(wrapper_class, "get_connection_params", get_connection_params)
         self.ledger.replace(wrapper_class, "connect", connect_and_lease)
+        self.ledger.replace(wrapper_class, "close_pool", close_pool)
 
 
 def _return_at_end_of_greenlet(wrapper: Any) -> None:
@@ -85,6 +93,16 @@ def _return_at_end_of_greenlet(wrapper: Any) -> None:
             connection.close()
 
     greenlet.rawlink(ended)
+
+
+def close_idle_connections(wrapper: Any) -> None:
+    """Close what the pools keep open to the wrapper's database."""
+    from puff_patch.pools import postgres
+
+    settings = wrapper.settings_dict
+    postgres.drain_pools(
+        dbname=settings["NAME"] or "", host=settings["HOST"] or "", port=str(settings["PORT"] or "")
+    )
 
 
 def is_leased(connection: Any) -> bool:

@@ -1,0 +1,66 @@
+# make demo   a running sample site: installs, starts embedded PostgreSQL and Redis, migrates, seeds, serves
+# make test   everything that must pass: lint, types, tests
+#
+# Variables: PYTHON=python3.12  VENV=.venv  ADDR=127.0.0.1:8000
+
+PYTHON ?= python3
+VENV ?= .venv
+ADDR ?= 127.0.0.1:8000
+
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.puff-installed
+MANAGE = cd sample_django_project && $(SERVICES) $(BIN)/python manage.py
+# Servers of your own, if you name them; else the embedded ones.
+SERVICES = PUFF_EMBEDDED=$(if $(PUFF_DEFAULT_POSTGRES_URL),$(if $(PUFF_DEFAULT_REDIS_URL),0,1),1)
+
+.PHONY: demo test lint pytest format tox soak bench-smoke install clean
+.DEFAULT_GOAL := test
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no $(PYTHON). Install Python 3.10 or newer, or name yours: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is older than 3.10. Name a newer one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "make: $(PYTHON) has no venv. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(MANAGE) migrate --verbosity 0
+	@$(MANAGE) seed --admin
+	@$(MANAGE) runpuff $(ADDR)
+
+test: lint pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+pytest: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Over the supported versions of Python and Django, as far as the interpreters are installed.
+tox: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet tox
+	$(BIN)/tox run
+
+# Long and not part of `make test`: restarts under load, a minute or more each.
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest tests/soak --override-ini=testpaths=tests/soak --override-ini=addopts= -v
+
+# gunicorn -k gevent and this project's server on the sample, side by side.
+bench-smoke: $(INSTALLED)
+	PUFF_EMBEDDED=1 $(BIN)/python benchmarks/smoke.py
+
+clean:
+	rm -rf $(VENV) .tox .mypy_cache .pytest_cache .ruff_cache build *.egg-info

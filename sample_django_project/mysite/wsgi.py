@@ -1,0 +1,13 @@
+"""The WSGI application of the project, for any WSGI server."""
+
+import puff_patch
+
+puff_patch.patch_all()
+
+import os
+
+from django.core.wsgi import get_wsgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mysite.settings")
+
+application = get_wsgi_application()
