@@ -2,7 +2,7 @@
 
     PUFF_EMBEDDED=1 python benchmarks/smoke.py [--seconds 5] [--connections 64] [--rounds 2]
 
-Three servers, one worker each:
+Three servers, one worker each, serving the sample project and a bare Django (one view, no middleware):
 
 * ``gunicorn+psycogreen``: what teams run today; Django's own backends, a PostgreSQL connection a request.
 * ``gunicorn+pools``: gunicorn -k gevent serving the patched project, so with the same pools as runpuff.
@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "sample_django_project"
 BENCHMARKS = ROOT / "benchmarks"
 BIN = Path(sys.executable).parent
-PAGES = ("/hello/", "/bench/mixed/", "/bench/orm/", "/bench/cache/", "/")
+BARE = "/bare/hello/"
+PAGES = (BARE, "/hello/", "/bench/mixed/", "/bench/orm/", "/bench/cache/", "/")
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Contender:
 
     name: str
     command: list[str]
+    bare: list[str]  # the command that serves bare.py instead
     environment: dict[str, str] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
 
@@ -74,19 +76,20 @@ def contenders(port: int) -> list[Contender]:
     """The servers to compare, all on the same port, one at a time."""
     manage = [sys.executable, "manage.py", "runpuff", f"127.0.0.1:{port}", "--no-access-log"]
     stock = {"DJANGO_SETTINGS_MODULE": "stock_settings"}
+    bare = gunicorn("bare:application", port)
     return [
-        Contender("gunicorn+psycogreen", gunicorn("stock_wsgi:application", port), stock),
-        Contender("gunicorn+pools", gunicorn("mysite.wsgi:application", port)),
-        Contender("runpuff", manage),
+        Contender("gunicorn+psycogreen", gunicorn("stock_wsgi:application", port), bare, stock),
+        Contender("gunicorn+pools", gunicorn("mysite.wsgi:application", port), bare),
+        Contender("runpuff", manage, [sys.executable, str(BENCHMARKS / "bare.py"), str(port)]),
     ]
 
 
 class Server:
     """A contender running."""
 
-    def __init__(self, contender: Contender, port: int, environment: dict[str, str]) -> None:
+    def __init__(self, contender: Contender, port: int, environment: dict[str, str], *, bare: bool) -> None:
         self._process = subprocess.Popen(
-            contender.command,
+            contender.bare if bare else contender.command,
             cwd=SAMPLE,
             env={**environment, **contender.environment},
             stdout=subprocess.DEVNULL,
@@ -239,13 +242,17 @@ def main() -> None:
     pages = tuple(options.pages)
     for number in range(options.rounds):
         for contender in rows:
-            with Server(contender, port, environment):
-                for page in pages:
-                    result = measure(f"http://127.0.0.1:{port}{page}", options.connections, options.seconds)
-                    print(f"round {number + 1} {contender.name} {page}: {result}", file=sys.stderr, flush=True)
-                    best = contender.results.get(page)
-                    if best is None or result.rate > best.rate:
-                        contender.results[page] = result
+            for bare in (True, False):
+                served = [page for page in pages if (page == BARE) == bare]
+                if not served:
+                    continue
+                with Server(contender, port, environment, bare=bare):
+                    for page in served:
+                        result = measure(f"http://127.0.0.1:{port}{page}", options.connections, options.seconds)
+                        print(f"round {number + 1} {contender.name} {page}: {result}", file=sys.stderr, flush=True)
+                        best = contender.results.get(page)
+                        if best is None or result.rate > best.rate:
+                            contender.results[page] = result
     generator = "wrk" if shutil.which("wrk") else "benchmarks/load.py (install wrk for higher rates)"
     print(
         f"\n{options.connections} keep-alive clients, {options.seconds:g} s a page, "

@@ -21,7 +21,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+# The README's blocks up to "Serve": the drop-in recipe.
+RECIPE_ENDS = 6
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
@@ -131,11 +134,15 @@ class Project:
 
     def serve(self, words: list[str]) -> None:
         """Start the server as the page says, but on a free port; fetch a page; stop it."""
-        words = [re.sub(r"^127\.0\.0\.1:\d+$", "127.0.0.1:0", word) for word in words]
+        prefix = [word for word in words if re.match(r"^[A-Z_]+=", word)]
+        environment = {**self.environment, **dict(word.split("=", 1) for word in prefix)}
+        if prefix:  # the page shows what happens without servers of one's own
+            environment = {key: value for key, value in environment.items() if not key.endswith("_URL")}
+        words = [re.sub(r"^127\.0\.0\.1:\d+$", "127.0.0.1:0", word) for word in words[len(prefix) :]]
         process = subprocess.Popen(
             words,
             cwd=self.folder,
-            env=self.environment,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -164,11 +171,14 @@ class Project:
 def test_every_code_block_of_the_page_works(page, tmp_path, services):
     environment = {
         **os.environ,
-        "PUFF_DEFAULT_POSTGRES_URL": services.postgres_url,
-        "PUFF_DEFAULT_REDIS_URL": services.redis_url,
-        "PUFF_REPORTING_POSTGRES_URL": services.postgres_url,
+        **services.env(),
+        "PUFF_REPORTING_POSTGRES_URL": services.postgres,
     }
     project = Project(tmp_path, environment)
+    if page != README:  # the other pages speak of a project that has followed the README
+        for block in blocks(README)[:RECIPE_ENDS]:
+            if "file" in block.attributes:
+                project.add(block)
     for block in blocks(page):
         try:
             project.run(block)

@@ -1,0 +1,7 @@
+"""The HTTP server: Granian's Rust front handing each request to a WSGI application on warm greenlets."""
+
+from puff_patch.server.front import ClientDisconnected
+from puff_patch.server.options import ServerError, ServerOptions
+from puff_patch.server.serve import serve
+
+__all__ = ["ClientDisconnected", "ServerError", "ServerOptions", "serve"]

@@ -1,0 +1,192 @@
+"""The listening socket: opened here and not by the front, for clear errors and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import stat
+import struct
+import sys
+
+from puff_patch.server.options import ServerError, ServerOptions
+
+# linux/filter.h and asm-generic/socket.h; Python has no names for them.
+_SO_ATTACH_FILTER = 26
+# struct tcp_info of linux/tcp.h: of a listening socket, tcpi_unacked is the length of the accept queue.
+_TCPI_UNACKED_OFFSET = 24
+
+# Classic BPF over the TCP header: drop what has SYN set (byte 13, bit 2), pass everything else.
+_DROP_SYN = (
+    (0x30, 0, 0, 13),  # ldb [13]
+    (0x45, 0, 1, 0x02),  # jset #2, next, skip one
+    (0x06, 0, 0, 0),  # ret #0: drop
+    (0x06, 0, 0, 0xFFFFFFFF),  # ret #-1: pass whole
+)
+
+
+class Listener:
+    """A bound and listening socket, TCP or Unix.
+
+    Attributes:
+        path: the Unix socket's path, None for TCP.
+        backlog: as asked for in the options.
+
+    Args:
+        options: ``host``, ``port``, ``uds``, ``backlog`` and ``reuse_port`` are read.
+
+    Raises:
+        ServerError: the address is in use, not allowed or not of this machine; the message names it.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.path = options.uds
+        self.backlog = options.backlog
+        self._socket = _open_tcp(options) if options.uds is None else _open_unix(options.uds, options.backlog)
+        self._inode = None if options.uds is None else _inode(options.uds)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port; ``("", 0)`` for a Unix socket."""
+        if self.path is not None:
+            return "", 0
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+    @property
+    def url(self) -> str:
+        """Where clients find it, as one writes it: ``http://127.0.0.1:8000`` or ``unix:/run/app.sock``."""
+        if self.path is not None:
+            return f"unix:{self.path}"
+        host, port = self.address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def dup_fd(self) -> int:
+        """Return a duplicate of the socket's file descriptor; closing it is up to the caller."""
+        return os.dup(self._socket.fileno())
+
+    def turn_away(self) -> bool:
+        """Let no new client in, without harm to those already connected or in the accept queue.
+
+        TCP: the kernel drops SYN packets, so that new clients try again (and find the next server) instead
+        of being reset. Unix: the path is removed.
+
+        Returns:
+            False where the platform cannot do it.
+        """
+        if self.path is not None:
+            self._unlink()
+            return True
+        if not sys.platform.startswith("linux"):
+            return False
+        code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)
+        buffer = ctypes.create_string_buffer(code)
+        program = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(buffer))
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+        except OSError:
+            return False
+        return True
+
+    def queued(self) -> int:
+        """How many connections wait to be accepted; 0 where the platform does not tell."""
+        if self.path is not None or not sys.platform.startswith("linux"):
+            return 0
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        queued: int = struct.unpack_from("I", info, _TCPI_UNACKED_OFFSET)[0]
+        return queued
+
+    def close(self) -> None:
+        """Close the socket, and remove the Unix socket's path if it is still ours."""
+        self._unlink()
+        self._socket.close()
+
+    def _unlink(self) -> None:
+        if self.path is not None and self._inode is not None and _inode(self.path) == self._inode:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+
+def _open_tcp(options: ServerOptions) -> _socket.socket:
+    host, port = options.host, options.port
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as exc:
+        raise ServerError(f"Cannot listen on {host}:{port}: the host is not known ({exc.strerror}).") from exc
+    # IPv4 first: "" and names such as localhost mean what they mean to most clients and scripts.
+    family, kind, proto, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    # The plain socket of C: a listening socket that gevent's would own is of no use to the front.
+    sock = _socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if options.reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Accepted sockets inherit it.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.bind(address)
+        sock.listen(options.backlog)
+        sock.setblocking(False)
+    except OSError as exc:
+        sock.close()
+        raise _explained(exc, host, port) from exc
+    return sock
+
+
+def _explained(exc: OSError, host: str, port: int) -> ServerError:
+    where = f"{host or '0.0.0.0'}:{port}"
+    if exc.errno == errno.EADDRINUSE:
+        return ServerError(
+            f"Cannot listen on {where}: port {port} is in use. Stop the other server or choose another port."
+        )
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return ServerError(
+            f"Cannot listen on {where}: permission denied. "
+            + ("Ports below 1024 need a privilege; choose a higher one." if port < 1024 else str(exc.strerror))
+        )
+    if exc.errno == errno.EADDRNOTAVAIL:
+        return ServerError(f"Cannot listen on {where}: the address is not one of this machine.")
+    return ServerError(f"Cannot listen on {where}: {exc.strerror or exc}.")
+
+
+def _open_unix(path: str, backlog: int) -> _socket.socket:
+    sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        sock.bind(path)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError as exc:
+        sock.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise ServerError(f"Cannot listen on unix:{path}: another server uses it.") from exc
+        raise ServerError(f"Cannot listen on unix:{path}: {exc.strerror or exc}.") from exc
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that a dead server left; leave a live one (bind fails then) and any other file."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    probe = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(1)
+        probe.connect(path)
+    except ConnectionRefusedError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    finally:
+        probe.close()
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,6 @@
+"""The test project's application."""
+
+from django.core.wsgi import get_wsgi_application
+
+application = get_wsgi_application()
+number = 7
