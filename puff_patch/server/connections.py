@@ -1,4 +1,4 @@
-"""This process's connections, found among its open files: the front has them, and no way to say what to do with one.
+"""The connections of this process, found among its open files: the front has them, but no way to cut one.
 
 Needs Linux's ``/proc``; elsewhere there are none to be found.
 """

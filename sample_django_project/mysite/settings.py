@@ -122,6 +122,15 @@ if env_flag("DJANGO_HTTPS", False):
     SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 
 
+# As Django's own, but errors are written to the console also when DEBUG is off, instead of nowhere.
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"console": {"class": "logging.StreamHandler"}},
+    "loggers": {"django": {"handlers": ["console"], "level": "INFO" if DEBUG else "ERROR", "propagate": False}},
+}
+
+
 LANGUAGE_CODE = "en-gb"
 TIME_ZONE = "UTC"
 USE_I18N = True
