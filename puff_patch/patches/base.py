@@ -55,19 +55,23 @@ class Ledger:
 
     def __init__(self) -> None:
         self._originals: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self._aliases: set[tuple[int, str]] = set()
         self._undo: list[Callable[[], None]] = []
 
-    def replace(self, owner: Any, name: str, replacement: Any) -> Any:
+    def replace(self, owner: Any, name: str, replacement: Any, *, alias: bool = False) -> Any:
         """Set ``owner.name``, keep and return the original (None if the owner did not define it itself).
 
         Args:
             owner: a module or class.
             name: the attribute.
             replacement: what it is from now on.
+            alias: whether only this one name is meant, so that who holds the original holds it by right.
         """
         # vars() and not getattr(): a class attribute may be a descriptor, or inherited.
         original = vars(owner).get(name, _MISSING)
         self.record(owner, name, original)
+        if alias:
+            self._aliases.add((id(owner), name))
         setattr(owner, name, replacement)
         return None if original is _MISSING else original
 
@@ -94,11 +98,12 @@ class Ledger:
             else:
                 setattr(owner, name, original)
         self._originals.clear()
+        self._aliases.clear()
 
     def originals(self) -> Iterator[tuple[Any, str, Any]]:
-        """Each (owner, attribute, original) replaced now; what had no original is left out."""
-        for owner, name, original in self._originals.values():
-            if original is not _MISSING:
+        """Each (owner, attribute, original) that nobody should use now; what had no original is left out."""
+        for key, (owner, name, original) in self._originals.items():
+            if original is not _MISSING and key not in self._aliases:
                 yield owner, name, original
 
 

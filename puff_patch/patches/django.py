@@ -15,8 +15,6 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
-import gevent
-
 from puff_patch.patches.base import Patch
 
 _POSTGRESQL = "django.db.backends.postgresql.base"
@@ -79,6 +77,8 @@ def _return_at_end_of_greenlet(wrapper: Any) -> None:
     Django's wrappers are greenlet-local but sit in reference cycles, so that without this the lease of a
     finished greenlet would come back only with the next garbage collection.
     """
+    import gevent
+
     greenlet = gevent.getcurrent()
     if not isinstance(greenlet, gevent.Greenlet) or vars(wrapper).get("_puff_linked") == id(greenlet):
         return

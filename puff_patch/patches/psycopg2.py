@@ -36,8 +36,8 @@ class Psycopg2Patch(Patch):
             pool: bool | Mapping[str, Any] = True,
             **kwargs: Any,
         ) -> Any:
-            if pool is False or not _poolable(connection_factory, kwargs):
-                return original(dsn, connection_factory, cursor_factory, **kwargs)
+            if pool is False or not _poolable(dsn, connection_factory, kwargs):
+                return original(dsn, _cooperative(connection_factory), cursor_factory, **kwargs)
             return _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
 
         connect.__doc__ = (original.__doc__ or "") + _CONNECT_DOC
@@ -60,19 +60,27 @@ _CONNECT_DOC = """
     """
 
 
-def _poolable(connection_factory: Any, kwargs: Mapping[str, Any]) -> bool:
+def _poolable(dsn: str | None, connection_factory: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a lease can stand for this connection."""
-    from psycopg2 import _psycopg
+    from psycopg2 import extensions
+
+    from puff_patch.pools.postgres import can_be_leased
 
     if kwargs.get("async") or kwargs.get("async_") or kwargs.get("replication"):
         return False
-    if connection_factory is None:
-        return True
-    return (
-        isinstance(connection_factory, type)
-        and issubclass(connection_factory, _psycopg.connection)
-        and not issubclass(connection_factory, _psycopg.ReplicationConnection)
-    )
+    if dsn and "replication" in dsn and extensions.parse_dsn(dsn).get("replication"):
+        return False
+    return connection_factory is None or can_be_leased(connection_factory)
+
+
+def _cooperative(connection_factory: Any) -> Any:
+    """The same factory with what psycopg2 refuses to cooperative connections, where it can have it."""
+    from puff_patch.pools.offload import connection_class
+    from puff_patch.pools.postgres import can_be_leased
+
+    if connection_factory is None or can_be_leased(connection_factory):
+        return connection_class(connection_factory)
+    return connection_factory
 
 
 def _lease(
@@ -84,10 +92,13 @@ def _lease(
 ) -> Any:
     from psycopg2 import extensions
 
+    from puff_patch.config import ConfigError
     from puff_patch.pools import postgres
 
     kwargs.pop("async", None)
     kwargs.pop("async_", None)
+    if pool is not True and not isinstance(pool, Mapping):
+        raise ConfigError(f"psycopg2.connect(pool=...) takes True, False or a mapping of options, got {pool!r}")
     overrides = dict(pool) if isinstance(pool, Mapping) else {}
     setup = overrides.pop("setup", None)
     connection = postgres.get_pool(extensions.make_dsn(dsn, **kwargs), overrides, setup=setup).lease(
@@ -110,29 +121,10 @@ def wait_callback(connection: Any, timeout: float | None = None) -> None:
     try:
         gevent_wait_callback(connection, timeout)
     except BaseException:
-        _cancel(connection)
+        from puff_patch.pools.libpq import stop_query
+
+        stop_query(connection)  # psycopg2 closes the connection right after
         raise
-
-
-def _cancel(connection: Any) -> None:
-    """Ask the server to stop a query nobody waits for; psycopg2 closes the connection right after."""
-    import gevent
-    import psycopg2
-    from psycopg2 import extensions
-
-    if connection.closed or connection.get_transaction_status() != extensions.TRANSACTION_STATUS_ACTIVE:
-        return
-    # PQcancel blocks until the server has answered, so it runs in a native thread; the greenlet must wait for
-    # it all the same, because psycopg2 frees the connection once this callback has raised.
-    cancelling = gevent.get_hub().threadpool.spawn(connection.cancel)
-    while not cancelling.ready():
-        try:
-            cancelling.wait()
-        except BaseException:  # noqa: BLE001 - a second kill or time-out; the first one is raised anyway
-            continue
-    failure = cancelling.exception
-    if failure is not None and not isinstance(failure, psycopg2.Error):
-        raise failure
 
 
 PATCH = Psycopg2Patch()

@@ -21,7 +21,7 @@ class RedisPatch(Patch):
 
     def apply(self, module: ModuleType) -> None:
         """Replace the pool class that clients make."""
-        self.ledger.replace(module.client, "ConnectionPool", _DefaultPool)
+        self.ledger.replace(module.client, "ConnectionPool", _DefaultPool, alias=True)
         self.ledger.on_restore(_close_shared_clients)
 
 

@@ -6,6 +6,7 @@ Replaces ``requests.Session.__init__``, which mounts the adapters a session star
 from __future__ import annotations
 
 import functools
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,13 @@ class RequestsPatch(Patch):
                     self.adapters[prefix] = adapter
 
         self.ledger.replace(session_class, "__init__", __init__)
+        self.ledger.on_restore(_close_shared_adapter)
+
+
+def _close_shared_adapter() -> None:
+    http = sys.modules.get("puff_patch.pools.http")
+    if http is not None:
+        http.close_shared_adapter()
 
 
 PATCH = RequestsPatch()

@@ -38,6 +38,13 @@ _TOUCHED = (
 )
 
 
+def _touched() -> list[Any]:
+    """The modules of `_TOUCHED`, and those of their classes that gevent changes in place."""
+    modules = [importlib.import_module(name) for name in _TOUCHED]
+    selectors = sys.modules["selectors"]
+    return [*modules, *(value for value in vars(selectors).values() if isinstance(value, type))]
+
+
 class SocketsPatch(Patch):
     """gevent's monkey patch, made reversible."""
 
@@ -49,27 +56,39 @@ class SocketsPatch(Patch):
         import gevent.monkey
         from gevent.monkey import _state  # type: ignore[attr-defined]
 
-        if _state.is_anything_patched():
-            # Somebody patched before us (gunicorn -k gevent does): theirs stays when we unpatch.
-            gevent.monkey.patch_all()
-            return
-        before = {name: dict(vars(importlib.import_module(name))) for name in _TOUCHED}
+        before = [(owner, dict(vars(owner))) for owner in _touched()]
+        # gevent's own ledger.  If somebody patched before us (gunicorn -k gevent does), there is nothing left
+        # to replace here, and theirs stays when we unpatch.
+        saved = {name: dict(originals) for name, originals in _state.saved.items()}
+
+        def restore_saved() -> None:
+            _state.saved.clear()
+            _state.saved.update(saved)
+
+        self.ledger.on_restore(restore_saved)
         self._remember_threads()
-        gevent.monkey.patch_all()
-        for name, attributes in before.items():
-            owner = sys.modules[name]
-            for attribute, original in attributes.items():
-                if vars(owner).get(attribute, self) is not original:
-                    self.ledger.record(owner, attribute, original)
-            for attribute in vars(owner).keys() - attributes.keys():
-                self.ledger.forget(owner, attribute)
-        self.ledger.on_restore(_state.saved.clear)
+        try:
+            with warnings.catch_warnings():
+                # `warn_of_captured` says it, too, and of all modules.
+                warnings.filterwarnings("ignore", "Monkey-patching ssl", gevent.monkey.MonkeyPatchWarning)
+                gevent.monkey.patch_all()
+        finally:
+            for owner, attributes in before:
+                self._record_changes(owner, attributes)
+
+    def _record_changes(self, owner: Any, attributes: dict[str, Any]) -> None:
+        for attribute, original in attributes.items():
+            if vars(owner).get(attribute, self) is not original:
+                self.ledger.record(owner, attribute, original)
+        for attribute in vars(owner).keys() - attributes.keys():
+            self.ledger.forget(owner, attribute)
 
     def _remember_threads(self) -> None:
-        """gevent also rewrites the main thread's object, the table of threads and log handlers' locks."""
+        """gevent also rewrites the objects of threads, the table of them, and log handlers' locks."""
         main = threading.main_thread()
         state = dict(vars(main))
         active: dict[int | None, Any] = dict(threading._active)  # type: ignore[attr-defined]
+        joins = [thread for thread in active.values() if thread is not main and "join" not in vars(thread)]
         dangling = main in threading._dangling  # type: ignore[attr-defined]
         handlers = [
             (handler, handler.lock)
@@ -83,7 +102,11 @@ class SocketsPatch(Patch):
             vars(main).update(state)
             table: dict[int | None, Any] = threading._active  # type: ignore[attr-defined]
             table.pop(patched_ident, None)
-            table.update(active)
+            for ident, thread in active.items():
+                if thread is main or thread.is_alive():
+                    table[ident] = thread
+            for thread in joins:
+                vars(thread).pop("join", None)
             if dangling:
                 threading._dangling.add(main)  # type: ignore[attr-defined]
             for handler, lock in handlers:
@@ -107,13 +130,15 @@ def warn_of_captured(originals: list[tuple[Any, str, Any]], mine: frozenset[str]
     owners = set()
     for owner, attribute, original in originals:
         if callable(original) and getattr(original, "__module__", None) != "builtins":
-            wanted[id(original)] = f"{owner.__name__}.{attribute}"
+            wanted.setdefault(id(original), f"{owner.__name__}.{attribute}")
         owners.add(getattr(owner, "__module__", owner.__name__))
     late: dict[str, str] = {}
     for name, module in list(sys.modules.items()):
         top = name.partition(".")[0]
         if not isinstance(module, ModuleType) or name in owners or top in mine or top in sys.stdlib_module_names:
             continue
+        if sys.modules.get(module.__name__) is module and module.__name__ != name:
+            continue  # a second name of it, as requests.packages.urllib3
         for attribute, value in list(vars(module).items()):
             if id(value) in wanted and not attribute.startswith("__"):
                 late.setdefault(name, f"{name}.{attribute} (was {wanted[id(value)]})")

@@ -12,8 +12,12 @@ Two things differ from psycopg_pool, both because programs that never heard of a
   the greenlet that gets it next.
 
 Locking: `_lock` is a native lock held for a few bytecodes and never over a switch, so it serves greenlets and
-real threads alike.  A finalizer may run anywhere, also inside such a section, therefore `reclaim` never
-waits for the lock: whoever holds it does the work on release.
+real threads alike.  It is reentrant, because the garbage collector may strike inside such a section and run a
+finalizer that takes or returns a connection; the sections are written so that this does no harm: between a look
+and the act upon it nothing is allocated.
+
+Background work (resets, refills, pruning) runs in the main thread's hub once the pool has been used there: the hub
+of another thread may die with it, or not run for long.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ C = TypeVar("C")
 
 logger = logging.getLogger("puff_patch.pools")
 
-_allocate_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
+_allocate_lock: Callable[[], Any] = get_original("_thread", "RLock")
 # Seconds between attempts to bring a pool back to min_size: doubled from the first to the second, jittered.
 _REFILL_FIRST, _REFILL_MOST = 0.5, 30.0
 
@@ -131,7 +135,7 @@ class Pool(Generic[C]):
         self._dirty: deque[Slot[C]] = deque()  # returned, to be reset
         self._requests: deque[_Request[C]] = deque()
         self._size = 0
-        self._lost: deque[None] = deque()  # one for each connection dropped without being returned
+        self._home: Mailbox | None = None  # where background work runs, and the only user of the next three
         self._janitors = 0
         self._refilling = False
         self._pruner: Any = None
@@ -216,41 +220,32 @@ class Pool(Generic[C]):
     def reclaim(self, slot: Slot[C]) -> None:
         """Free the slot of a connection that was garbage collected without being returned.
 
-        Safe in a finalizer: takes no lock that its own thread may hold, and never switches.
+        Safe in a finalizer: never switches.
         """
-        if slot.generation != self._generation:
-            return
         slot.connection = None
-        self._lost.append(None)
-        self._settle_lost()
+        self._give_back(slot)
 
     def _take(self, timeout: float, started: float) -> Slot[C]:
-        self._lock.acquire()
-        try:
-            counters = self._counters
-            counters["requests_num"] += 1
-            if self._closed:
-                raise self.PoolClosed(f"the pool {self.name} is closed")
-            idle = self._pop_idle(self._is_free)
-            if idle is not None:
-                return idle
-            if self._size < self.options.max_size:
-                self._size += 1
-                return Slot(self._generation)
-            idle = self._pop_idle()
-            if idle is not None:
-                return idle
-            if self.options.max_waiting and len(self._requests) >= self.options.max_waiting:
-                counters["requests_errors"] += 1
-                raise self.TooManyRequests(
-                    f"the pool {self.name} has {len(self._requests)} requests waiting already "
-                    f"(max_waiting={self.options.max_waiting})"
-                )
-            counters["requests_queued"] += 1
-            request: _Request[C] = _Request()
-            self._requests.append(request)
-        finally:
-            self._release_lock()
+        counters = self._counters
+        counters["requests_num"] += 1
+        request: _Request[C] | None = None
+        while True:
+            with self._lock:
+                slot = self._take_at_once()
+                if slot is not None:
+                    return slot
+                if self.options.max_waiting and len(self._requests) >= self.options.max_waiting:
+                    counters["requests_errors"] += 1
+                    raise self.TooManyRequests(
+                        f"the pool {self.name} has {len(self._requests)} requests waiting already "
+                        f"(max_waiting={self.options.max_waiting})"
+                    )
+                if request is not None:
+                    self._requests.append(request)
+                    break
+            # Made without the lock, for it is much to allocate; then look again.
+            request = _Request()
+        counters["requests_queued"] += 1
         try:
             # Half of the patience first: then see whether leases lie in garbage that nobody has collected.
             request.wait(max(0.0, timeout / 2))
@@ -275,13 +270,22 @@ class Pool(Generic[C]):
             f"Hold connections for less long, or {self.how_to_grow}"
         )
 
+    def _take_at_once(self) -> Slot[C] | None:
+        """A slot that can be had without waiting; called under the lock."""
+        if self._closed:
+            raise self.PoolClosed(f"the pool {self.name} is closed")
+        slot = self._pop_idle(self._is_free)
+        if slot is None and self._size < self.options.max_size:
+            self._size += 1
+            slot = Slot(self._generation)
+        return slot or self._pop_idle()
+
     def _pop_idle(self, fit: Callable[[Slot[C]], bool] | None = None) -> Slot[C] | None:
         """An idle slot, the last returned first; one that awaits its reset if there is no other."""
         for slots in (self._clean, self._dirty):
-            for index in range(len(slots) - 1, -1, -1):
-                slot = slots[index]
-                if fit is None or fit(slot):
-                    del slots[index]
+            for slot in reversed(tuple(slots)):
+                if (fit is None or fit(slot)) and slot in slots:
+                    slots.remove(slot)
                     return slot
         return None
 
@@ -289,12 +293,9 @@ class Pool(Generic[C]):
         """Leave the queue; afterwards ``request.slot`` is final."""
         if request.slot is not None or request.error is not None:
             return
-        self._lock.acquire()
-        try:
-            if request.slot is None and request.error is None:
+        with self._lock:
+            if request in self._requests:
                 self._requests.remove(request)
-        finally:
-            self._release_lock()
 
     def _prepare(self, slot: Slot[C]) -> None:
         """Leave a connection in the slot that is alive and clean, opening one if need be."""
@@ -320,20 +321,18 @@ class Pool(Generic[C]):
 
     def _refill_slot_from_idle(self, slot: Slot[C]) -> None:
         """Move another idle connection into this emptied slot, if there is one: cheaper than connecting."""
-        self._lock.acquire()
-        try:
+        with self._lock:
             other = self._pop_idle(self._is_free)
             if other is None:
                 return
             self._size -= 1
-        finally:
-            self._release_lock()
         slot.connection, slot.dirty = other.connection, other.dirty
         slot.epoch, slot.expires_at, slot.returned_at = other.epoch, other.expires_at, other.returned_at
 
     def _open(self, slot: Slot[C]) -> None:
         started = time.monotonic()
         self._counters["connections_num"] += 1
+        slot.epoch = self._epoch  # as of now: a drain in the meantime means this connection, too
         try:
             slot.connection = self._connect()
         except Exception:
@@ -342,7 +341,6 @@ class Pool(Generic[C]):
         now = time.monotonic()
         self._counters["connections_ms"] += (now - started) * 1000
         slot.dirty = False
-        slot.epoch = self._epoch
         # Jitter as psycopg_pool has it, so that a pool filled at once is not replaced at once.
         slot.expires_at = now + self.options.max_lifetime * random.uniform(0.95, 1.0)
 
@@ -365,60 +363,56 @@ class Pool(Generic[C]):
     def _discard_connection(self, slot: Slot[C]) -> None:
         connection, slot.connection = slot.connection, None
         slot.dirty = False
-        if connection is not None:
+        if connection is None:
+            return
+        if slot.generation == self._generation:
             self._close(connection)
+        else:
+            self._abandon(connection)
 
     def _give_back(self, slot: Slot[C]) -> None:
         """Hand the slot to the first in the queue, or keep its connection, or let it go."""
-        self._lock.acquire()
-        try:
+        if slot.generation != self._generation:
+            return  # the parent's
+        request = doomed = None
+        with self._lock:
+            if self._closed or slot.epoch != self._epoch:
+                doomed, slot.connection = slot.connection, None  # while it was being opened or reset
+            empty, dirty = slot.connection is None, slot.dirty
             if self._requests:
                 # Also an empty slot is worth having: its new holder connects by itself.
                 request = self._requests.popleft()
                 request.slot = slot
+            elif empty:
+                self._size -= 1
+            elif dirty:
+                self._dirty.append(slot)
             else:
-                request = None
-                if slot.connection is None:
-                    self._size -= 1
-                elif slot.dirty:
-                    self._dirty.append(slot)
-                else:
-                    self._clean.append(slot)
-        finally:
-            self._release_lock()
+                self._clean.append(slot)
+        if doomed is not None:
+            self._close(doomed)
         if request is not None:
             request.wake()
-        elif slot.connection is None:
-            self._refill()
+        elif empty:
+            if self._size < self.options.min_size and not self._closed:
+                self._at_home(self._refill)
         else:
-            if slot.dirty:
-                self._send_janitor()
-            self._plan_prune()
-
-    def _release_lock(self) -> None:
-        self._lock.release()
-        if self._lost:
-            self._settle_lost()
-
-    def _settle_lost(self) -> None:
-        """Turn lost slots into free ones, unless whoever holds the lock will (see `_release_lock`)."""
-        woken = []
-        while self._lost and self._lock.acquire(False):
-            try:
-                while self._lost:
-                    self._lost.popleft()
-                    if self._requests:
-                        request = self._requests.popleft()
-                        request.slot = Slot(self._generation)
-                        woken.append(request)
-                    else:
-                        self._size -= 1
-            finally:
-                self._lock.release()
-        for request in woken:
-            request.wake()
+            if dirty:
+                self._at_home(self._send_janitor)
+            if self._pruner is None:
+                self._at_home(self._plan_prune)
 
     # In the background
+
+    def _at_home(self, call: Callable[[], object]) -> None:
+        here = Mailbox.current()
+        home = self._home
+        if home is None or home.closed or (home is not here and gevent.get_hub().main_hub):
+            home = self._home = here
+        if home is here:
+            call()
+        else:
+            home.post(call)
 
     def _send_janitor(self) -> None:
         # As many as there is work for, up to a few: resets wait for the server, not for each other.
@@ -429,11 +423,8 @@ class Pool(Generic[C]):
     def _janitor(self, generation: int) -> None:
         try:
             while generation == self._generation:
-                self._lock.acquire()
-                try:
+                with self._lock:
                     slot = self._dirty.popleft() if self._dirty else None
-                finally:
-                    self._release_lock()
                 if slot is None:
                     return
                 try:
@@ -449,7 +440,7 @@ class Pool(Generic[C]):
 
     def open(self) -> None:
         """Begin to open `min_size` connections in the background."""
-        self._refill()
+        self._at_home(self._refill)
 
     def _refill(self) -> None:
         if self._size < self.options.min_size and not self._refilling and not self._closed:
@@ -460,28 +451,23 @@ class Pool(Generic[C]):
         pause = _REFILL_FIRST
         try:
             while generation == self._generation and not self._closed:
-                self._lock.acquire()
-                try:
+                with self._lock:
                     if self._size >= self.options.min_size:
                         return
                     self._size += 1
-                    slot: Slot[C] = Slot(self._generation)
-                finally:
-                    self._release_lock()
+                slot: Slot[C] = Slot(self._generation)
                 try:
                     self._open(slot)
                     slot.returned_at = time.monotonic()
                     pause = _REFILL_FIRST
                 except Exception as error:  # noqa: BLE001  told, counted and tried again
                     logger.warning("pool %s: cannot open a connection, will retry: %s", self.name, error)
+                    failed = True
+                else:
+                    failed = False
                 finally:
-                    if slot.connection is None:
-                        self._lock.acquire()
-                        self._size -= 1
-                        self._release_lock()
-                    else:
-                        self._give_back(slot)
-                if slot.connection is None:
+                    self._give_back(slot)
+                if failed:
                     gevent.sleep(pause * random.uniform(0.8, 1.2))
                     pause = min(pause * 2, _REFILL_MOST)
         finally:
@@ -490,30 +476,26 @@ class Pool(Generic[C]):
 
     def _plan_prune(self) -> None:
         if self._pruner is None:
-            # ref=False: an idle pool does not keep a finished program alive.
+            # ref=False: an idle pool does not keep a finished program alive.  Nor does the timer keep the pool.
             self._pruner = gevent.get_hub().loop.timer(self.options.max_idle, ref=False)
-            self._pruner.start(gevent.spawn, self._prune, self._generation)
+            self._pruner.start(_prune_if_alive, weakref.ref(self), self._generation)
 
     def _prune(self, generation: int) -> None:
         """Close what has not been used for `max_idle` seconds; come again while anything is idle."""
         if generation != self._generation:
             return
+        self._pruner = None
         now = time.monotonic()
         stale: list[Slot[C]] = []
-        self._lock.acquire()
-        try:
-            self._pruner = None
-            spare = max(0, self._size - self.options.min_size)
-            for slot in list(self._clean):  # the longest unused is first
-                if len(stale) >= spare:
+        with self._lock:
+            for slot in tuple(self._clean):  # the longest unused is first
+                if self._size <= self.options.min_size or now - slot.returned_at < self.options.max_idle:
                     break
-                if now - slot.returned_at >= self.options.max_idle:
+                if slot in self._clean:
                     self._clean.remove(slot)
+                    self._size -= 1
                     stale.append(slot)
-            self._size -= len(stale)
             more = bool(self._clean or self._dirty)
-        finally:
-            self._release_lock()
         for slot in stale:
             self._discard_connection(slot)
         if more:
@@ -530,35 +512,25 @@ class Pool(Generic[C]):
         """Close idle connections now and leased ones at their return; waiting requests get `PoolClosed`."""
         self._closed = True
         self.drain()
-        self._lock.acquire()
-        try:
-            requests = list(self._requests)
-            self._requests.clear()
-            for request in requests:
+        with self._lock:
+            while self._requests:
+                request = self._requests.popleft()
                 request.error = self.PoolClosed(f"the pool {self.name} was closed while this request waited")
-        finally:
-            self._release_lock()
-        if self._pruner is not None:
-            self._pruner.stop()
-            self._pruner = None
-        for request in requests:
-            request.wake()
+                request.wake()
         _pools.discard(self)
 
     def drain(self) -> None:
         """Close idle connections now and leased ones at their return; new ones take their place."""
-        self._lock.acquire()
-        try:
+        with self._lock:
             self._epoch += 1
-            slots = [*self._clean, *self._dirty]
-            self._clean.clear()
-            self._dirty.clear()
-            self._size -= len(slots)
-        finally:
-            self._release_lock()
+            slots = []
+            while (slot := self._pop_idle()) is not None:
+                self._size -= 1
+                slots.append(slot)
         for slot in slots:
             self._discard_connection(slot)
-        self._refill()
+        if self._size < self.options.min_size and not self._closed:
+            self._at_home(self._refill)
 
     def idle(self) -> list[C]:
         """The connections nobody uses now."""
@@ -599,6 +571,13 @@ _COUNTERS = (
     "connections_errors",
     "connections_lost",
 )
+
+
+def _prune_if_alive(reference: weakref.ref[Pool[Any]], generation: int) -> None:
+    pool = reference()
+    if pool is not None:
+        gevent.spawn(pool._prune, generation)
+
 
 # Seconds between two garbage collections made for want of connections: each stops the whole process.
 _COLLECT_AT_MOST_EVERY = 10.0

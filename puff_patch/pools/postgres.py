@@ -10,12 +10,15 @@ else's session, and the hot path runs psycopg2's own C methods.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import select
+import socket
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -27,9 +30,12 @@ from psycopg2 import _psycopg, extensions
 from puff_patch.config import PoolOptions, current, unreachable_hint
 from puff_patch.pools import base
 from puff_patch.pools.base import Discard, Pool, Slot
+from puff_patch.pools.libpq import is_busy, stop_query
+from puff_patch.pools.offload import CooperativeConnection
 
 _POLL_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 _poll: Callable[[], Any] = get_original("select", "poll")
+_socket: Callable[..., Any] = get_original("socket", "socket")
 # What psycopg2.connect() calls, which is replaced by a patch.
 _connect: Callable[..., Any] = _psycopg._connect
 # The methods of psycopg2's own class, whatever class an instance has now.
@@ -92,7 +98,7 @@ class _Cursors:
         return found
 
 
-class LeasedConnection(extensions.connection):
+class LeasedConnection(CooperativeConnection):
     """A connection leased from a pool; `close` returns it."""
 
     _puff_lease: _Lease | None = None
@@ -117,11 +123,15 @@ class LeasedConnection(extensions.connection):
             super().close()
             return
         self._puff_lease = None
+        named = False
         for cursor in self._puff_cursors.alive():
-            if cursor.name is None:  # closing a named cursor asks the server: left to `_reset`
+            if cursor.name is None:
                 cursor.close()
+            elif not cursor.closed:
+                named = True  # only the server could close it, and until then it would go on working
         reusable = (
             not self.closed
+            and not named
             and self.get_transaction_status() in _RETURNABLE
             and self.status != extensions.STATUS_PREPARED
         )
@@ -176,7 +186,33 @@ def _make_leased_class(factory: Any) -> Any:
         return LeasedConnection
     if issubclass(factory, LeasedConnection):
         return factory
-    return type(factory.__name__, (factory, LeasedConnection), {"__module__": factory.__module__})
+    body: dict[str, Any] = {"__module__": factory.__module__}
+    finalizer = getattr(factory, "__del__", None)
+    if finalizer is not None:
+
+        def __del__(self: Any) -> None:
+            try:
+                finalizer(self)
+            finally:
+                LeasedConnection.__del__(self)
+
+        body["__del__"] = __del__
+    return type(factory.__name__, (factory, LeasedConnection), body)
+
+
+def can_be_leased(factory: Any) -> bool:
+    """Whether a lease can be an instance of this connection_factory.
+
+    Not if it is a function, is for replication, or has ``__slots__``: then a connection cannot become one.
+    """
+    if factory is extensions.connection:
+        return True
+    return (
+        isinstance(factory, type)
+        and issubclass(factory, extensions.connection)
+        and not issubclass(factory, _psycopg.ReplicationConnection)
+        and factory.__basicsize__ <= LeasedConnection.__basicsize__
+    )
 
 
 def _make_returned_class(leased: Any) -> Any:
@@ -221,7 +257,7 @@ class PostgresPool(Pool[LeasedConnection]):
     )
 
     def __init__(self, dsn: str, options: PoolOptions, *, setup: str | None = None, name: str = "") -> None:
-        self._dsn = dsn
+        self.dsn = dsn
         self._setup = setup
         super().__init__(name or display_name(extensions.parse_dsn(dsn)), options)
 
@@ -233,50 +269,46 @@ class PostgresPool(Pool[LeasedConnection]):
         """Lease a connection as an instance of ``factory``; its ``close()`` returns it.
 
         Args:
-            factory: a subclass of ``psycopg2.extensions.connection``.
+            factory: a subclass of ``psycopg2.extensions.connection``, see `can_be_leased`.
             timeout: seconds to wait for a free place; the pool's own by default.
 
         Raises:
             PoolTimeout, TooManyRequests, PoolClosed: see there.
             psycopg2.OperationalError: the server cannot be reached or refuses.
         """
+        if not can_be_leased(factory):
+            raise TypeError(f"{factory!r} cannot be leased from a pool; connect with pool=False")
+        leased = _leased_class(factory)
         slot = self.checkout(timeout)
         connection, slot.connection = slot.connection, None
         assert connection is not None
-        leased = _leased_class(factory)
+        _forget(connection)  # also what was done to the old handle after the reset
         connection.__class__ = leased
         connection._puff_lease = _Lease(self, slot)
         if leased.__init__ is not LeasedConnection.__init__:
             try:
-                connection.__init__(self._dsn)  # type: ignore[misc]
+                connection.__init__(self.dsn)  # type: ignore[misc]
             except BaseException:
                 connection.close()
                 raise
         return connection
 
     def _connect(self) -> LeasedConnection:
-        limit = extensions.parse_dsn(self._dsn).get("connect_timeout")
+        limit = extensions.parse_dsn(self.dsn).get("connect_timeout")
         # In its cooperative mode libpq leaves connect_timeout to its caller; 0 means for ever there.
         seconds = float(limit) if limit and float(limit) > 0 else self.options.timeout
-        timeout = gevent.Timeout(seconds)
-        timeout.start()
-        try:
-            connection: LeasedConnection = _connect(self._dsn, connection_factory=LeasedConnection)
-        except gevent.Timeout as expired:
-            if expired is not timeout:
+        with _at_most(seconds, lambda: self._unreachable(f"timeout expired: no answer in {seconds:g} s")):
+            try:
+                connection: LeasedConnection = _connect(self.dsn, connection_factory=LeasedConnection)
+            except psycopg2.OperationalError as error:
+                if _UNREACHABLE.search(str(error)):
+                    raise self._unreachable(str(error)) from error
                 raise
-            raise self._unreachable(f"timeout expired: no answer in {seconds:g} s") from None
-        except psycopg2.OperationalError as error:
-            if _UNREACHABLE.search(str(error)):
-                raise self._unreachable(str(error)) from error
-            raise
-        finally:
-            timeout.close()
-        if self._setup:
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                cursor.execute(self._setup)
-            connection.autocommit = False
+            if self._setup:
+                connection.autocommit = True
+                with connection.cursor() as cursor:
+                    cursor.execute(self._setup)
+                connection.autocommit = False
         return connection
 
     def _unreachable(self, reason: str) -> psycopg2.OperationalError:
@@ -286,37 +318,39 @@ class PostgresPool(Pool[LeasedConnection]):
 
     def _reset(self, connection: LeasedConnection) -> None:
         connection.__class__ = _ResettingConnection
-        cursors = connection._puff_cursors
-        for cursor in cursors.alive():
+        for cursor in connection._puff_cursors.alive():
             cursor.close()
-        # psycopg2's own methods: the instance's raise on everything while it is in the pool.
-        if _C.get_transaction_status(connection) != extensions.TRANSACTION_STATUS_IDLE:
-            _C.rollback(connection)
-        if connection.isolation_level or connection.readonly or connection.deferrable:
-            _C.set_session(connection, isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT")
-        # In autocommit no BEGIN goes out before DISCARD ALL.
-        _C.set_session(connection, autocommit=True)
-        with extensions.cursor(connection) as cursor:
-            # SET, temporary tables, LISTEN, advisory locks, prepared statements, open cursors.
-            cursor.execute("DISCARD ALL")
-            if self._setup:
-                cursor.execute(self._setup)
-        if _C.get_parameter_status(connection, "client_encoding") != connection.encoding or not (
-            _C.get_parameter_status(connection, "DateStyle") or ""
-        ).startswith("ISO"):
-            _C.reset(connection)  # psycopg2 reads the encoding anew and asks for ISO dates again
-        _C.set_session(connection, autocommit=False)
-        connection.cursor_factory = None  # type: ignore[assignment]
-        connection.string_types.clear()
-        connection.binary_types.clear()
-        connection.notices = []
-        connection.notifies = []
-        vars(connection).clear()
-        connection._puff_cursors = cursors
+        seconds = self.options.timeout
+        with _at_most(seconds, lambda: psycopg2.OperationalError(f"no answer in {seconds:g} s")):
+            self._reset_session(connection)
+        _forget(connection)
         connection.__class__ = _returned_class(LeasedConnection)
 
+    def _reset_session(self, connection: LeasedConnection) -> None:
+        # psycopg2's own methods: the instance's raise on everything while it is in the pool.
+        if not _is_idle(connection) or connection.status != extensions.STATUS_READY:
+            _C.rollback(connection)
+        with extensions.cursor(connection) as cursor:
+            if not _is_idle(connection):
+                cursor.execute("ROLLBACK")  # begun by hand in autocommit, which psycopg2 does not follow
+            if (connection.isolation_level, connection.readonly, connection.deferrable) != (None, None, None):
+                _C.set_session(connection, isolation_level="DEFAULT", readonly="DEFAULT", deferrable="DEFAULT")
+            # In autocommit no BEGIN goes out before DISCARD ALL.
+            _C.set_session(connection, autocommit=True)
+            # SET, temporary tables, LISTEN, advisory locks, prepared statements, open cursors.
+            cursor.execute("DISCARD ALL")
+            if _C.get_parameter_status(connection, "client_encoding") != connection.encoding or not (
+                _C.get_parameter_status(connection, "DateStyle") or ""
+            ).startswith("ISO"):
+                _C.reset(connection)  # psycopg2 reads the encoding anew and asks for ISO dates again
+                _C.set_session(connection, autocommit=True)
+            if self._setup:
+                cursor.execute(self._setup)
+        _C.set_session(connection, autocommit=False)
+
     def _check(self, connection: LeasedConnection) -> bool:
-        if _C.get_transaction_status(connection) != extensions.TRANSACTION_STATUS_IDLE:
+        # A finalizer runs once: a connection that one has rescued could not be reclaimed if it were dropped again.
+        if not _is_idle(connection) or gc.is_finalized(connection):
             return False
         # An idle session has nothing to say: bytes or EOF mean that the server ended it.
         poll = _poll()
@@ -333,10 +367,47 @@ class PostgresPool(Pool[LeasedConnection]):
         return references - len(slot.connection._puff_cursors.alive()) <= _IDLE_REFERENCES
 
     def _close(self, connection: LeasedConnection) -> None:
-        _C.close(connection)
+        if not is_busy(connection):
+            _C.close(connection)
+            return
+        # Another greenlet waits in this connection and holds its lock, a native one: closing it here would stop
+        # the whole thread for ever.  At the end of the socket that greenlet wakes with an error and closes it.
+        stop_query(connection)
+        with _socket(fileno=os.dup(_C.fileno(connection))) as duplicate:
+            duplicate.shutdown(socket.SHUT_RDWR)
 
     def _abandon(self, connection: LeasedConnection) -> None:
         """Nothing to do: psycopg2 leaves the socket alone in a process that did not open it."""
+
+
+def _is_idle(connection: extensions.connection) -> bool:
+    return bool(_C.get_transaction_status(connection) == extensions.TRANSACTION_STATUS_IDLE)
+
+
+def _forget(connection: LeasedConnection) -> None:
+    """Drop what a program attached to the connection object."""
+    connection.cursor_factory = None  # type: ignore[assignment]
+    connection.string_types.clear()
+    connection.binary_types.clear()
+    connection.notices = []
+    connection.notifies = []
+    cursors = connection._puff_cursors
+    vars(connection).clear()
+    connection._puff_cursors = cursors
+
+
+@contextmanager
+def _at_most(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
+    timeout = gevent.Timeout(seconds)
+    timeout.start()
+    try:
+        yield
+    except gevent.Timeout as expired:
+        if expired is not timeout:
+            raise
+        raise error() from None
+    finally:
+        timeout.close()
 
 
 def _idle_references() -> int:
@@ -390,6 +461,21 @@ def get_pool(dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str
     return pool
 
 
+def drain_pools(*, dbname: str, host: str = "", port: str = "") -> None:
+    """Close the idle connections of every pool to one database, and the leased ones at their return.
+
+    Args:
+        dbname: the database's name, as in the DSN.
+        host: as in the DSN, empty if it names none.
+        port: as in the DSN, empty if it names none.
+    """
+    wanted = {"dbname": dbname, "host": host, "port": port}
+    for pool in list(_registry.values()):
+        found = extensions.parse_dsn(pool.dsn)
+        if all(found.get(name, "") == value for name, value in wanted.items()):
+            pool.drain()
+
+
 __all__ = [
     "Discard",
     "LeasedConnection",
@@ -398,5 +484,6 @@ __all__ = [
     "PostgresPool",
     "TooManyRequests",
     "display_name",
+    "drain_pools",
     "get_pool",
 ]

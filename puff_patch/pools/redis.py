@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import redis
 from gevent.monkey import get_original
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import EqualJitterBackoff
 from redis.retry import Retry
 
 from puff_patch.config import PoolOptions, current, unreachable_hint
@@ -49,9 +49,9 @@ class _Connections(Pool[Any]):
         connection = self._make()
         try:
             connection.connect()
-        except redis.exceptions.AuthenticationError:
-            raise
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            if type(error) not in (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+                raise  # the server was reached, and says why it will not serve
             raise type(error)(
                 f"cannot reach Redis at {self.name}: {error}\n{unreachable_hint('redis')}"
             ) from error
@@ -61,7 +61,7 @@ class _Connections(Pool[Any]):
         """Nothing: redis-py leaves a connection clean, or disconnects it."""
 
     def _check(self, connection: Any) -> bool:
-        if not connection.is_connected:
+        if not _is_connected(connection):
             return False
         try:
             # An idle connection has nothing to say, but for RESP3's push messages: data or EOF mean that it
@@ -81,7 +81,7 @@ class RedisPool(redis.ConnectionPool):
     """A `redis.ConnectionPool` that waits when it is full.
 
     Args:
-        max_connections: connections that may be open at once; redis-py's own default if None.
+        max_connections: connections that may be open at once; the configured default if None.
         timeout: seconds a command waits for a connection; the configured default if None.
         connection_kwargs: as for `redis.ConnectionPool`.
     """
@@ -93,16 +93,22 @@ class RedisPool(redis.ConnectionPool):
         timeout: float | None = None,
         **connection_kwargs: Any,
     ) -> None:
-        connection_kwargs["max_connections"] = max_connections
+        configured = current().redis_pool
+        connection_kwargs["max_connections"] = max_connections or configured.max_size
         super().__init__(*args, **connection_kwargs)
         overrides: dict[str, Any] = {"max_size": self.max_connections, "min_size": 0}
         if timeout is not None:
             overrides["timeout"] = timeout
-        options = current().redis_pool.merged(overrides, where="Redis pool options")
+        options = configured.merged(overrides, where="Redis pool options")
         self._leased: dict[Any, Slot[Any]] = {}
         self._connections = _Connections(
-            display_name(self.connection_kwargs), options, self.make_connection, self._may_push
+            display_name(self.connection_kwargs), options, self._make_connection, self._may_push
         )
+
+    def _make_connection(self) -> Any:
+        # redis-py counts what it makes, but never what is dropped: the bound is ours to keep.
+        self._created_connections = 0
+        return self.make_connection()
 
     def _may_push(self) -> bool:
         # redis-py before 6.4 knows no maintenance notifications
@@ -134,7 +140,8 @@ class RedisPool(redis.ConnectionPool):
         if slot is None:
             connection.disconnect()  # of another pool, or of this one before a fork or a reset
             return
-        self._connections.checkin(slot, connection, reusable=connection.is_connected)
+        reusable = _is_connected(connection) and not _should_reconnect(connection)
+        self._connections.checkin(slot, connection, reusable=reusable)
 
     def disconnect(self, inuse_connections: bool = True) -> None:
         """Disconnect all connections, optionally also those in use; the pool can be used afterwards."""
@@ -147,6 +154,16 @@ class RedisPool(redis.ConnectionPool):
         """Disconnect everything, as `redis.ConnectionPool.close` does."""
         self.disconnect()
 
+    def set_retry(self, retry: Retry) -> None:
+        """Use ``retry`` for every connection from now on, as `redis.ConnectionPool.set_retry` does."""
+        super().set_retry(retry)
+        for connection in [*self._connections.idle(), *self._leased]:
+            connection.retry = retry
+
+    def re_auth_callback(self, token: Any) -> None:
+        """New credentials: connections made with the old ones are replaced, the leased ones at their return."""
+        self._connections.drain()
+
     def get_stats(self) -> dict[str, int]:
         """Counters and gauges under psycopg_pool's keys."""
         return self._connections.get_stats()
@@ -156,6 +173,17 @@ class RedisPool(redis.ConnectionPool):
 
     def _get_in_use_connections(self) -> set[Any]:
         return set(self._leased)
+
+
+def _is_connected(connection: Any) -> bool:
+    # redis-py 7.1 has a property for it; a client-side cache wraps the connection.
+    return getattr(connection, "_conn", connection)._sock is not None
+
+
+def _should_reconnect(connection: Any) -> bool:
+    # redis-py 7.0 and newer: the server announced that it will move.
+    ask: Callable[[], bool] = getattr(connection, "should_reconnect", bool)
+    return ask()
 
 
 def display_name(kwargs: Mapping[str, Any]) -> str:
@@ -203,7 +231,7 @@ def shared_client(
 
 def _short_retry() -> Retry:
     # redis-py's default may spend more than ten seconds on a server that is down; a page should not.
-    return Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3)
+    return Retry(EqualJitterBackoff(base=0.05, cap=0.5), 3)
 
 
 def freeze(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -1,0 +1,76 @@
+"""What psycopg2 leaves out of libpq, called through the library that psycopg2 itself has loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from gevent.monkey import get_original
+from psycopg2 import _psycopg, extensions
+
+from puff_patch.runtime.mailbox import Mailbox
+
+logger = logging.getLogger("puff_patch.pools")
+
+_start_thread: Callable[..., Any] = get_original("_thread", "start_new_thread")
+
+
+def is_busy(connection: extensions.connection) -> bool:
+    """Whether the server works on a query of this connection, for whichever greenlet."""
+    # psycopg2's own method: an instance may have another, or be forbidden it.
+    status = extensions.connection.get_transaction_status(connection)
+    return bool(status == extensions.TRANSACTION_STATUS_ACTIVE)
+
+
+def stop_query(connection: extensions.connection) -> None:
+    """Ask the server to stop what it does for a connection; does not wait for it, and does nothing if it is idle.
+
+    Not by ``connection.cancel()``: that keeps the GIL until the server has answered, which a server that is gone
+    does not, and with it every greenlet and thread of the process.
+    """
+    if not is_busy(connection):
+        return
+    libpq = _libpq()
+    # Independent of the connection, which psycopg2 closes as soon as the interrupted query has raised.
+    request = libpq.PQgetCancel(connection.pgconn_ptr)
+    if request:
+        _start_thread(_send_cancel, (libpq, request, Mailbox.current()))
+
+
+@contextmanager
+def blocking_mode(connection: extensions.connection) -> Iterator[None]:
+    """Within the block, calls of libpq wait by themselves, which they do not on a cooperative connection."""
+    libpq, pointer = _libpq(), connection.pgconn_ptr
+    libpq.PQsetnonblocking(pointer, 0)
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            libpq.PQsetnonblocking(pointer, 1)
+
+
+def _send_cancel(libpq: Any, request: int, mailbox: Mailbox) -> None:
+    reason = ctypes.create_string_buffer(256)
+    sent = libpq.PQcancel(request, reason, len(reason))
+    libpq.PQfreeCancel(request)
+    if not sent:
+        text = reason.value.decode(errors="replace").strip()
+        mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", text)
+
+
+@cache
+def _libpq() -> Any:
+    # Symbols of a library are found through the extension module that is linked to it.
+    libpq = ctypes.CDLL(_psycopg.__file__)
+    libpq.PQgetCancel.argtypes, libpq.PQgetCancel.restype = [ctypes.c_void_p], ctypes.c_void_p
+    libpq.PQcancel.argtypes, libpq.PQcancel.restype = (
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int],
+        ctypes.c_int,
+    )
+    libpq.PQsetnonblocking.argtypes, libpq.PQsetnonblocking.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_int
+    libpq.PQfreeCancel.argtypes, libpq.PQfreeCancel.restype = [ctypes.c_void_p], None
+    return libpq

@@ -1,0 +1,1 @@
+"""Helpers for the tests; nothing here imports puff_patch at import."""

@@ -1,0 +1,223 @@
+"""The three pools behind one face, for the contract that all of them keep."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+import psycopg2
+import redis
+from psycopg2 import _psycopg, extensions
+
+from puff_patch.config import PoolOptions
+from puff_patch.pools import base
+from puff_patch.pools.base import Discard, Pool
+from puff_patch.pools.postgres import PostgresPool
+from puff_patch.pools.redis import RedisPool
+
+
+class Driver:
+    """One kind of pool.
+
+    Sessions are what the server knows: their ids are compared, not Python objects, because the promise is about
+    connections of the server.
+    """
+
+    name: str
+    operational_error: type[Exception] = Exception
+
+    def __init__(self) -> None:
+        self.tag = f"puff-test-{uuid.uuid4().hex[:12]}"
+        self.pools: list[Any] = []
+
+    def make(self, **options: Any) -> Any:
+        """A pool with these `PoolOptions`."""
+        pool = self._make(PoolOptions(**options))
+        self.pools.append(pool)
+        return pool
+
+    def _make(self, options: PoolOptions) -> Any:
+        raise NotImplementedError
+
+    def core(self, pool: Any) -> Pool[Any]:
+        """The `Pool` inside."""
+        return pool
+
+    def take(self, pool: Any) -> Any:
+        raise NotImplementedError
+
+    def give(self, pool: Any, connection: Any) -> None:
+        raise NotImplementedError
+
+    def session(self, connection: Any) -> int:
+        """Ask the server which session this is."""
+        raise NotImplementedError
+
+    def sessions(self) -> set[int]:
+        """The sessions of this test that the server has open now."""
+        raise NotImplementedError
+
+    def end_session(self, session: int) -> None:
+        """Have the server end a session."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        for pool in self.pools:
+            self.core(pool).close()
+
+
+class FakeConnection:
+    """A connection to a server that is a set of numbers."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, server: set[int]) -> None:
+        self.number = next(self._numbers)
+        self.server = server
+        server.add(self.number)
+
+
+class FakePool(Pool[FakeConnection]):
+    """A pool whose every step lets other greenlets run."""
+
+    def __init__(self, options: PoolOptions, server: set[int]) -> None:
+        self.server = server
+        super().__init__("fake", options)
+
+    def _connect(self) -> FakeConnection:
+        gevent.sleep(0)
+        return FakeConnection(self.server)
+
+    def _reset(self, connection: FakeConnection) -> None:
+        gevent.sleep(0)
+        if connection.number not in self.server:
+            raise Discard
+
+    def _check(self, connection: FakeConnection) -> bool:
+        return connection.number in self.server
+
+    def _close(self, connection: FakeConnection) -> None:
+        self.server.discard(connection.number)
+
+    def _abandon(self, connection: FakeConnection) -> None:
+        """Nothing to do."""
+
+
+class Fake(Driver):
+    name = "fake"
+    operational_error = base.PoolError
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.server: set[int] = set()
+        self._slots: dict[FakeConnection, base.Slot[FakeConnection]] = {}
+
+    def _make(self, options: PoolOptions) -> FakePool:
+        return FakePool(options, self.server)
+
+    def take(self, pool: FakePool) -> FakeConnection:
+        slot = pool.checkout()
+        connection, slot.connection = slot.connection, None
+        assert connection is not None
+        self._slots[connection] = slot
+        return connection
+
+    def give(self, pool: FakePool, connection: FakeConnection) -> None:
+        pool.checkin(self._slots.pop(connection), connection)
+
+    def session(self, connection: FakeConnection) -> int:
+        gevent.sleep(0)
+        assert connection.number in self.server
+        return connection.number
+
+    def sessions(self) -> set[int]:
+        return set(self.server)
+
+    def end_session(self, session: int) -> None:
+        self.server.discard(session)
+
+
+class Postgres(Driver):
+    name = "psycopg2"
+    operational_error = psycopg2.OperationalError
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.dsn = extensions.make_dsn(url, application_name=self.tag)
+        self.admin = _psycopg._connect(url)
+        self.admin.autocommit = True
+
+    def _make(self, options: PoolOptions) -> PostgresPool:
+        return PostgresPool(self.dsn, options)
+
+    def take(self, pool: PostgresPool) -> Any:
+        return pool.lease()
+
+    def give(self, pool: PostgresPool, connection: Any) -> None:
+        connection.close()
+
+    def session(self, connection: Any) -> int:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            return int(cursor.fetchone()[0])
+
+    def sessions(self) -> set[int]:
+        with self.admin.cursor() as cursor:
+            cursor.execute("SELECT pid FROM pg_stat_activity WHERE application_name = %s", [self.tag])
+            return {pid for (pid,) in cursor}
+
+    def end_session(self, session: int) -> None:
+        with self.admin.cursor() as cursor:
+            # Waits until the session is gone.
+            cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [session])
+
+    def close(self) -> None:
+        super().close()
+        self.admin.close()
+
+
+class Redis(Driver):
+    name = "redis"
+    operational_error = redis.exceptions.ConnectionError
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.admin = redis.Redis(connection_pool=redis.ConnectionPool.from_url(url, decode_responses=True))
+
+    def _make(self, options: PoolOptions) -> RedisPool:
+        pool: RedisPool = RedisPool.from_url(
+            self.url, client_name=self.tag, max_connections=options.max_size, retry=None
+        )
+        # The face of redis-py's pool has no place for the others.
+        pool._connections.options = options
+        return pool
+
+    def core(self, pool: RedisPool) -> Pool[Any]:
+        return pool._connections
+
+    def take(self, pool: RedisPool) -> Any:
+        return pool.get_connection()
+
+    def give(self, pool: RedisPool, connection: Any) -> None:
+        pool.release(connection)
+
+    def session(self, connection: Any) -> int:
+        connection.send_command("CLIENT", "ID")
+        return int(connection.read_response())
+
+    def sessions(self) -> set[int]:
+        return {int(client["id"]) for client in self.admin.client_list() if client["name"] == self.tag}
+
+    def end_session(self, session: int) -> None:
+        self.admin.client_kill_filter(_id=str(session))
+
+    def close(self) -> None:
+        super().close()
+        self.admin.connection_pool.disconnect()
+
+
+MakeDriver = Callable[[], Driver]
