@@ -265,8 +265,10 @@ class Exchange:
         """Return the next part of the request body, b"" at its end.
 
         Raises:
-            ClientDisconnected: the client is gone before the end.
+            ClientDisconnected: the client is gone before the end, or the request is over.
         """
+        if self._proto is None:
+            raise ClientDisconnected("the request is over: its body cannot be read any more")
         return self.inbound.receive()
 
     def discard_request(self) -> None:
@@ -283,6 +285,16 @@ class Exchange:
         except gevent.Timeout as expired:
             if expired is not limit:
                 raise
+
+    def release(self) -> None:
+        """Let go of the connection: the last thing done with a request.
+
+        Applications keep their request in reference cycles (Django does); until the garbage collector comes, that
+        would keep the connection of a request whose body was not read, even if its client is long gone.
+        """
+        if self._inbound is not None:
+            self._inbound.release()
+        self._proto = self._watcher = None
 
     def abort(self) -> None:
         """Give up: a 500 if nothing was sent, else a cut that no client can take for a whole response.
@@ -359,6 +371,10 @@ class _Inbound:
         if self._watching:
             self._ask()
         return part
+
+    def release(self) -> None:
+        self.unwatch()
+        self._proto = None
 
     def watch(self) -> None:
         """Ask for what comes next though nobody reads, so that the client's leaving is noticed."""

@@ -116,6 +116,7 @@ class WSGIHandler:
         except BaseException:  # noqa: BLE001 - logged with its traceback; one request must not end the server
             response.fail(scope)
         finally:
+            exchange.release()
             if http2:
                 self.http2_running -= 1
             if self._access_log:

@@ -118,6 +118,26 @@ def unread(environ: Environ, start: Start) -> list[bytes]:
     return plain(start, b"not read", "413 Content Too Large")
 
 
+kept: list[Environ] = []
+
+
+@route
+def keep(environ: Environ, start: Start) -> list[bytes]:
+    """Reads nothing, and holds on to the request."""
+    kept.append(environ)
+    return plain(start, b"kept")
+
+
+@route
+def read_kept(environ: Environ, start: Start) -> list[bytes]:
+    """What reading the body of a request that is over gives."""
+    try:
+        kept[-1]["wsgi.input"].read()
+    except OSError as exc:
+        return plain(start, f"{type(exc).__name__}: {exc}".encode())
+    return plain(start, b"read")
+
+
 @route
 def read_error(environ: Environ, start: Start) -> list[bytes]:
     """Note what reading the body raises when the client leaves."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import socket
 import time
 from collections.abc import Iterator
 
@@ -113,6 +114,15 @@ def test_expecting_client_is_not_asked_for_a_body_nobody_reads(server: ServerPro
     with server.connect() as sock:
         sock.sendall(b"POST /unread HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
         assert sock.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_an_application_that_keeps_its_request_does_not_keep_the_connection(server: ServerProcess) -> None:
+    with server.connect() as sock:
+        sock.sendall(b"POST /keep HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
+        assert sock.recv(65536).endswith(b"kept")
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(65536) == b""  # the server closes its side as well
+    assert server.request("/read_kept")[1].startswith(b"ClientDisconnected: the request is over")
 
 
 @pytest.mark.parametrize("size", [10, 3_000_000])
