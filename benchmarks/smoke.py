@@ -160,10 +160,12 @@ def measure(url: str, connections: int, seconds: float) -> Result:
         urllib.request.urlopen(url, timeout=10).read()
     except urllib.error.URLError as error:
         sys.exit(f"{url}: {error}")
-    generate(url, connections, 1)  # warm up
     watcher = subprocess.Popen(
         [sys.executable, __file__, "--watch-connections"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    assert watcher.stdout is not None
+    watcher.stdout.readline()  # it has its connection: under load there may be none left for it
+    generate(url, connections, 1)  # warm up
     rate, p99, errors = generate(url, connections, seconds)
     most = int(watcher.communicate("", timeout=10)[0])
     return Result(rate, p99, errors, most)
@@ -178,6 +180,7 @@ def watch_connections() -> None:
     connection.autocommit = True
     cursor = connection.cursor()
     most = 0
+    print("watching", flush=True)
     while not select.select([sys.stdin], [], [], 0.05)[0]:
         cursor.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' "

@@ -39,6 +39,8 @@ class RedisCache(redis.RedisCache):
     def __init__(self, server: str | list[str], params: dict[str, Any]) -> None:
         super().__init__(server, params)
         self._class = RedisCacheClient
+        # A copy: the settings' own dictionary also makes the caches of other greenlets.
+        self._options = dict(self._options)
         self._service: str = self._options.pop("service", "default")
         self._configured = not server
 

@@ -7,6 +7,7 @@ PostgreSQL and Redis from wheels are started first, and their URLs are in the en
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -35,7 +36,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     while index < len(argv):
         if argv[index] == "-m":
             return argv[: index + 2], argv[index + 2 :]
-        if not argv[index].startswith("-"):
+        if argv[index].startswith("-m") or not argv[index].startswith("-"):
             return argv[: index + 1], argv[index + 1 :]
         index += 1
     return argv, []
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> None:
     if options.module:
         sys.argv = [options.module, *theirs]
         sys.path[0] = os.getcwd()
+        if importlib.util.find_spec(options.module) is None:
+            sys.exit(f"python -m puff_patch: No module named {options.module!r}")
         runpy.run_module(options.module, run_name="__main__", alter_sys=True)
     else:
         if not os.path.exists(options.script):

@@ -60,11 +60,19 @@ class PoolOptions:
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], *, where: str) -> PoolOptions:
         """Build from e.g. Django's ``OPTIONS["pool"]`` or environment strings; ``where`` names the source."""
-        return replace(cls(), **_coerce(cls, options, where=where))
+        return cls().merged(options, where=where)
 
     def merged(self, options: Mapping[str, Any], *, where: str) -> PoolOptions:
-        """These options with some replaced."""
-        return replace(self, **_coerce(type(self), options, where=where))
+        """These options with some replaced; ``where`` names the source in errors.
+
+        Raises:
+            ConfigError: an option is unknown or impossible.
+        """
+        coerced = _coerce(type(self), options, where=where)
+        try:
+            return replace(self, **coerced)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
 
 def _coerce(cls: type[PoolOptions], options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -89,8 +97,8 @@ class Config:
     Args:
         embedded: whether PostgreSQL and Redis from wheels stand in where no URL is given.
         data_dir: where the embedded services keep their data.
-        postgres_urls: PostgreSQL URL by service name, as given.
-        redis_urls: Redis URL by service name, as given.
+        postgres_urls: PostgreSQL URL by service name in lower case.
+        redis_urls: Redis URL by service name in lower case.
         postgres_pool: defaults for every PostgreSQL pool.
         redis_pool: defaults for every Redis pool.
         http_pool: defaults for the connections to one host that `requests` shares.
@@ -110,8 +118,8 @@ class Config:
         Raises:
             puff_patch.embedded.EmbeddedError: the embedded services are wanted and do not start.
         """
-        if name in self.postgres_urls:
-            return self.postgres_urls[name]
+        if url := self.postgres_urls.get(name.lower()):
+            return url
         if self.embedded:
             from puff_patch import embedded
 
@@ -124,8 +132,8 @@ class Config:
         Raises:
             puff_patch.embedded.EmbeddedError: the embedded services are wanted and do not start.
         """
-        if name in self.redis_urls:
-            return self.redis_urls[name]
+        if url := self.redis_urls.get(name.lower()):
+            return url
         if self.embedded:
             from puff_patch import embedded
 

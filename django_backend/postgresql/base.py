@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
+from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.backends.postgresql import base
 from django.db.backends.postgresql.psycopg_any import is_psycopg3
 
 import puff_patch
-from puff_patch.config import ConfigError, PoolOptions, current
+from puff_patch.config import ConfigError, current
 from puff_patch.patches.django import add_setup
 
 _SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
@@ -25,11 +26,16 @@ class DatabaseWrapper(base.DatabaseWrapper):
     """Django's, with the server from puff_patch's configuration and leases from its pool."""
 
     def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
-        if not any(settings_dict.get(key) for key in _SERVER_SETTINGS.values()) and not settings_dict[
-            "OPTIONS"
-        ].get("service"):
+        named = any(settings_dict.get(key) for key in _SERVER_SETTINGS.values())
+        # Django's connection without a database, to create one, has the server of the one it was made from.
+        if not named and not settings_dict["OPTIONS"].get("service") and alias != NO_DB_ALIAS:
             _use_configured_server(settings_dict, alias)
         super().__init__(settings_dict, alias)
+
+    @property
+    def pool(self) -> Any:
+        """Django's pool, which is psycopg 3's; ours is behind ``psycopg2.connect``."""
+        return super().pool if is_psycopg3 else None
 
     def get_connection_params(self) -> dict[str, Any]:
         """Django's parameters for ``connect``, and the pool's options.
@@ -52,14 +58,17 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 'ENGINE "django_backend.postgresql" needs `import puff_patch; puff_patch.patch_all()` in the '
                 "first lines of manage.py and wsgi.py."
             )
+        where = f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]'
         if isinstance(pool, Mapping):
             try:
-                PoolOptions.from_mapping(pool, where=f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]')
+                current().postgres_pool.merged(pool, where=where)
             except ConfigError as error:
                 raise ImproperlyConfigured(str(error)) from error
             params["pool"] = {**_setup_of(params), **pool}
         elif pool is False:
             params["pool"] = False
+        elif pool is not True:
+            raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
         add_setup(self, params)
         return params
 

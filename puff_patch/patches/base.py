@@ -151,7 +151,7 @@ class Patch:
                 if module_name in sys.modules:
                     self._apply_once(sys.modules[module_name])
         except BaseException:
-            self.unpatch()
+            self._undo()
             raise
         if not self._hooked:
             self._hooked = True
@@ -164,14 +164,17 @@ class Patch:
         """Put back every original; does nothing if the patch is not in force."""
         if not self._wanted:
             return
-        self._wanted = False
-        self._applied.clear()
-        self.ledger.restore()
+        self._undo()
         zope.event.notify(DidUnpatch(self.name))
 
     def is_patched(self) -> bool:
         """Whether the patch is in force, or will be as soon as the library is imported."""
         return self._wanted
+
+    def _undo(self) -> None:
+        self._wanted = False
+        self._applied.clear()
+        self.ledger.restore()
 
     def _on_import(self, module: ModuleType) -> None:
         # The hook outlives unpatch(), wrapt has no way to take one back.

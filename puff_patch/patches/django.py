@@ -3,7 +3,8 @@
 Replaces ``RedisCache._cache`` and ``RedisCacheClient.get_client`` (one shared client a URL), and of the
 PostgreSQL backend's ``DatabaseWrapper``: ``get_connection_params`` (the time zone comes with the lease) and
 ``connect`` (a lease goes back at the end of the request, whatever CONN_MAX_AGE says, and at the end of its
-greenlet) and ``close_pool`` (test databases can be dropped).  Every other effect on Django comes from the patches of the drivers.
+greenlet) and ``close_pool`` (test databases can be dropped).  Every other effect on Django comes from the
+patches of the drivers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class DjangoPatch(Patch):
             shared.__set_name__(module.RedisCache, "_cache")
             self.ledger.replace(module.RedisCache, "_cache", shared)
             self.ledger.replace(module.RedisCacheClient, "get_client", get_client)
-            self.ledger.on_restore(_cache_clients.clear)
+            self.ledger.on_restore(_forget_clients)
         elif not module.is_psycopg3:
             self._apply_postgresql(module.DatabaseWrapper)
 
@@ -54,11 +55,13 @@ class DjangoPatch(Patch):
 
         @functools.wraps(connect)
         def connect_and_lease(self: Any) -> None:
-            connect(self)
-            if is_leased(self.connection):
-                # Greenlets are many and leases few: one that is kept between requests starves the others.
-                self.close_at = time.monotonic()
-                _return_at_end_of_greenlet(self)
+            try:
+                connect(self)
+            finally:  # a receiver of connection_created may fail, and the lease is there all the same
+                if is_leased(self.connection):
+                    # Greenlets are many and leases few: one that is kept between requests starves the others.
+                    self.close_at = time.monotonic()
+                    _return_at_end_of_greenlet(self)
 
         @functools.wraps(close_native_pool)
         def close_pool(self: Any) -> None:
@@ -111,6 +114,13 @@ def is_leased(connection: Any) -> bool:
 
 
 _cache_clients: dict[Any, Any] = {}
+
+
+def _forget_clients() -> None:
+    from puff_patch.pools.redis import close_shared_clients
+
+    _cache_clients.clear()
+    close_shared_clients()
 
 
 def _shared_cache(self: Any) -> Any:

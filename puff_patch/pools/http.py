@@ -7,16 +7,20 @@ host, TLS settings and certificates, so sessions that differ in those do not sha
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import requests
+from gevent.local import local
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.exceptions import EmptyPoolError
 
 from puff_patch.config import current
 from puff_patch.pools import base
+from puff_patch.pools.base import Pool
 
 # Hosts whose connections are kept; beyond it the least recently used host's are closed.
 _MAX_HOSTS = 256
@@ -26,56 +30,113 @@ class PoolTimeout(base.PoolTimeout, requests.exceptions.ConnectTimeout):
     """No connection to the host came free in time."""
 
 
-class _PatientHTTPConnectionPool(HTTPConnectionPool):
-    def _get_conn(self, timeout: float | None = None) -> Any:
-        # requests passes no time-out here, and a full pool would wait for ever.
-        return super()._get_conn(current().http_pool.timeout if timeout is None else timeout)
+class TooManyRequests(base.TooManyRequests, requests.exceptions.ConnectionError):
+    """`max_waiting` requests to the host wait already."""
 
 
-class _PatientHTTPSConnectionPool(HTTPSConnectionPool):
+class _Places(Pool[object]):
+    """How many connections to one host there may be; the connections themselves urllib3 keeps."""
+
+    how_to_grow: ClassVar[str] = (
+        "read or close responses sooner (stream=True keeps a connection until then), "
+        "or raise PUFF_HTTP_POOL_MAX_SIZE"
+    )
+
+    def _connect(self) -> object:
+        return object()
+
+    def _check(self, connection: object) -> bool:
+        return True
+
+    def _close(self, connection: object) -> None:
+        """Nothing to do, and nothing to abandon."""
+
+    _abandon = _close
+
+
+class _Bounded:
+    """urllib3's pools of connections to one host, with a bound that no interrupted request upsets.
+
+    urllib3's own (``block=True``) loses the place of a response that is dropped unread, and finds one too many
+    when a greenlet is killed while it waits.  A place is had here by the connection object, from `_get_conn`
+    until `_put_conn`, or until nobody refers to it any more.
+    """
+
+    def __init__(self, host: str, port: int | None = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(host, port, *args, **kwargs)  # type: ignore[call-arg]
+        scheme: str = self.scheme  # type: ignore[attr-defined]
+        self._places = _Places(f"{scheme}://{host}:{port}", replace(current().http_pool, min_size=0))
+        self._mine = local()
+
     def _get_conn(self, timeout: float | None = None) -> Any:
-        return super()._get_conn(current().http_pool.timeout if timeout is None else timeout)
+        # Should this be interrupted, urllib3 calls `_put_conn(None)` all the same.
+        self._mine.leave = None
+        try:
+            slot = self._places.checkout()
+        except base.PoolError as error:
+            raise EmptyPoolError(self, str(error)) from error  # type: ignore[arg-type]
+        try:
+            connection = super()._get_conn(timeout)  # type: ignore[misc]
+        except BaseException:
+            self._places.reclaim(slot)
+            raise
+        connection._puff_leave = self._mine.leave = weakref.finalize(connection, self._places.reclaim, slot)
+        return connection
+
+    def _put_conn(self, connection: Any) -> None:
+        if connection is None:  # closed after an error
+            leave, self._mine.leave = self._mine.leave, None
+        else:
+            leave = connection._puff_leave
+            super()._put_conn(connection)  # type: ignore[misc]
+        if leave is not None:
+            leave()
+
+
+class _BoundedHTTPConnectionPool(_Bounded, HTTPConnectionPool):
+    pass
+
+
+class _BoundedHTTPSConnectionPool(_Bounded, HTTPSConnectionPool):
+    pass
 
 
 class SharedAdapter(HTTPAdapter):
     """An HTTPAdapter that outlives the sessions it is mounted in."""
 
     def __init__(self) -> None:
-        super().__init__(pool_connections=_MAX_HOSTS, pool_maxsize=current().http_pool.max_size, pool_block=True)
+        super().__init__(pool_connections=_MAX_HOSTS, pool_maxsize=current().http_pool.max_size)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """As requests', with pools that time out instead of waiting for ever."""
+        """As requests', with bounded pools that time out."""
         super().init_poolmanager(*args, **kwargs)
-        self._be_patient(self.poolmanager)
+        self._bound(self.poolmanager)
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        """As requests', with pools that time out instead of waiting for ever."""
+        """As requests', with bounded pools that time out."""
         manager = super().proxy_manager_for(*args, **kwargs)
-        self._be_patient(manager)
+        self._bound(manager)
         return manager
 
     @staticmethod
-    def _be_patient(manager: PoolManager) -> None:
+    def _bound(manager: PoolManager) -> None:
         manager.pool_classes_by_scheme = {
-            "http": _PatientHTTPConnectionPool,
-            "https": _PatientHTTPSConnectionPool,
+            "http": _BoundedHTTPConnectionPool,
+            "https": _BoundedHTTPSConnectionPool,
         }
 
-    def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         """As requests'.
 
         Raises:
-            PoolTimeout: all connections to the host stayed in use.
+            PoolTimeout, TooManyRequests: all connections to the host stayed in use.
         """
         try:
-            return super().send(*args, **kwargs)
+            return super().send(request, *args, **kwargs)
         except EmptyPoolError as error:
-            size = self._pool_maxsize  # type: ignore[attr-defined]
-            raise PoolTimeout(
-                f"{error.pool}: all {size} connections to this host stayed in use for "
-                f"{current().http_pool.timeout:g} s. Read or close responses sooner (stream=True keeps a "
-                f"connection until then), or raise PUFF_HTTP_POOL_MAX_SIZE."
-            ) from error
+            cause = error.__cause__
+            kind = TooManyRequests if isinstance(cause, base.TooManyRequests) else PoolTimeout
+            raise kind(str(cause), request=request) from error
 
     def close(self) -> None:
         """Nothing: ``Session.close()`` must not close what other sessions use."""

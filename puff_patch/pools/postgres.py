@@ -301,7 +301,7 @@ class PostgresPool(Pool[LeasedConnection]):
             try:
                 connection: LeasedConnection = _connect(self.dsn, connection_factory=LeasedConnection)
             except psycopg2.OperationalError as error:
-                if _UNREACHABLE.search(str(error)):
+                if _UNREACHABLE.search(str(error)) and "FATAL" not in str(error):
                     raise self._unreachable(str(error)) from error
                 raise
             if self._setup:

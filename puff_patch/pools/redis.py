@@ -49,9 +49,12 @@ class _Connections(Pool[Any]):
         connection = self._make()
         try:
             connection.connect()
-        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-            if type(error) not in (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
-                raise  # the server was reached, and says why it will not serve
+        except BaseException as error:
+            connection.disconnect()
+            expected = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+            # Caused by the socket; else the server was reached, and says why it will not serve.
+            if not isinstance(error, expected) or not isinstance(error.__context__, OSError):
+                raise
             raise type(error)(
                 f"cannot reach Redis at {self.name}: {error}\n{unreachable_hint('redis')}"
             ) from error

@@ -1,0 +1,378 @@
+"""Django over pooled PostgreSQL: its own backend unmodified, and ours."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.process import run_python
+
+ENGINES = ["django.db.backends.postgresql", "django_backend.postgresql"]
+both_engines = pytest.mark.parametrize("engine", ENGINES)
+
+PATCHED = """
+import puff_patch
+puff_patch.patch_all()
+import gevent
+from django_process import *
+"""
+
+
+def run(code: str, services: Any, engine: str = ENGINES[1], *, patched: str = PATCHED, **env: str) -> Any:
+    """``ENGINE`` and a ``TAG`` of this test's own are there."""
+    head = f"ENGINE, TAG = {engine!r}, 'puff-test-{uuid.uuid4().hex[:12]}'\n"
+    return run_python(
+        head + patched + code, env={**services.env(), "PYTHONPATH": str(Path(__file__).parent), **env}
+    )
+
+
+@both_engines
+@pytest.mark.parametrize("max_age", [0, 60, None])
+def test_hundreds_of_greenlets_share_a_few_connections(engine: str, max_age: int | None, services) -> None:
+    run(
+        f"""
+setup({{"default": database(ENGINE, CONN_MAX_AGE={max_age}, OPTIONS={{"application_name": TAG}})}})
+from django.core.signals import request_finished, request_started
+from django.db import connection
+import gc
+server = Server(TAG)
+watcher = gevent.spawn(server.watch)
+
+# Greenlets that end without closing what they used, as a program does that knows of no pool.
+gc.disable()
+greenlets = [gevent.spawn(ask, "SELECT 1 FROM pg_sleep(0.001)") for _ in range(500)]
+gevent.joinall(greenlets, timeout=30, raise_error=True)
+assert [greenlet.value for greenlet in greenlets] == [1] * 500
+def all_back():
+    [stats] = puff_patch.stats().values()
+    return stats["pool_available"] == stats["pool_size"] <= 4
+with gevent.Timeout(5):  # some are being reset
+    while not all_back():
+        gevent.sleep(0.001)
+
+# Greenlets that live on after a request, as those of a server do: more than there are connections.
+may_end = gevent.event.Event()
+def serve():
+    request_started.send(None)
+    ask("SELECT 1")
+    request_finished.send(None)
+    answered.append(1)
+    may_end.wait()
+answered = []
+servers = [gevent.spawn(serve) for _ in range(40)]
+with gevent.Timeout(20):
+    while len(answered) < 40:
+        gevent.sleep(0.005)
+may_end.set()
+gevent.joinall(servers, raise_error=True)
+
+watcher.kill()
+assert 1 <= server.most <= 4, server.most
+""",
+        services,
+        engine,
+        PUFF_POSTGRES_POOL_MAX_SIZE="4",
+        PUFF_POSTGRES_POOL_TIMEOUT="15",
+    )
+
+
+@both_engines
+def test_leases_of_dead_greenlets_come_back_at_once(engine: str, services) -> None:
+    run(
+        """
+setup({"default": database(ENGINE, CONN_MAX_AGE=None)})
+import gc
+gc.disable()
+from django.db import transaction
+
+def fail():
+    ask("SELECT 1")
+    raise LookupError("on purpose")
+
+def hold():
+    with transaction.atomic():
+        ask("SELECT 1")
+        gevent.sleep(60)
+
+def query():
+    ask("SELECT 1 FROM pg_sleep(60)")
+
+def receiver(**_):
+    if gevent.getcurrent() in greenlets:
+        raise LookupError("on purpose")
+
+def live_on():
+    # a request that fails as soon as it has its connection, in a greenlet that goes on
+    connection_created.connect(receiver)
+    try:
+        ask("SELECT 1")
+    except LookupError:
+        pass
+    request_finished.send(None)
+    gevent.sleep(60)
+
+from django.core.signals import request_finished
+from django.db.backends.signals import connection_created
+gevent.get_hub().NOT_ERROR += (LookupError,)
+for death in (fail, hold, query, live_on):
+    greenlets = [gevent.spawn(death) for _ in range(2)]
+    gevent.sleep(0.1)
+    if death is not live_on:
+        gevent.killall(greenlets)
+    started = time.monotonic()
+    assert gevent.spawn(ask, "SELECT 1").get(timeout=5) == 1
+    assert time.monotonic() - started < 2, death
+""",
+        services,
+        engine,
+        PUFF_POSTGRES_POOL_MAX_SIZE="2",
+        PUFF_POSTGRES_POOL_TIMEOUT="4",
+    )
+
+
+@both_engines
+def test_transactions(engine: str, services) -> None:
+    run(
+        """
+setup({"default": database(ENGINE, CONN_MAX_AGE=60)})
+from django.db import connection, transaction
+TABLE = TAG.replace("-", "_")
+def insert(n):
+    with connection.cursor() as cursor:
+        cursor.execute(f"INSERT INTO {TABLE} VALUES (%s)", [n])
+def values():
+    # in another greenlet, so on another connection
+    return gevent.spawn(ask, f"SELECT coalesce(array_agg(n ORDER BY n), '{{}}') FROM {TABLE}").get(timeout=10)
+with connection.cursor() as cursor:
+    cursor.execute(f"CREATE TABLE {TABLE} (n int)")
+try:
+    done = []
+    with transaction.atomic():
+        insert(1)
+        transaction.on_commit(lambda: done.append("outer"))
+        try:
+            with transaction.atomic():
+                insert(2)
+                transaction.on_commit(lambda: done.append("inner"))
+                raise LookupError
+        except LookupError:
+            pass
+        with transaction.atomic():
+            insert(3)
+            transaction.set_rollback(True)
+        insert(4)
+        assert values() == [] and done == []
+    assert values() == [1, 4] and done == ["outer"], (values(), done)
+    try:
+        with transaction.atomic():
+            insert(5)
+            raise LookupError
+    except LookupError:
+        pass
+    assert values() == [1, 4]
+
+    # a greenlet that dies within a transaction has done nothing
+    def die():
+        with transaction.atomic():
+            insert(6)
+            gevent.sleep(60)
+    victim = gevent.spawn(die)
+    gevent.sleep(0.1)
+    victim.kill()
+    assert values() == [1, 4]
+
+    # and a lease in autocommit off does not infect the next
+    def manual():
+        transaction.set_autocommit(False)
+        insert(7)
+    gevent.spawn(manual).get(timeout=10)
+    assert values() == [1, 4]
+    gevent.spawn(insert, 8).get(timeout=10)
+    assert values() == [1, 4, 8]
+finally:
+    connection.close()
+    with connection.cursor() as cursor:
+        cursor.execute(f"DROP TABLE {TABLE}")
+""",
+        services,
+        engine,
+        PUFF_POSTGRES_POOL_MAX_SIZE="3",
+    )
+
+
+@both_engines
+def test_each_alias_gets_its_own_time_zone(engine: str, services) -> None:
+    run(
+        """
+zones = {"default": None, "tokyo": "Asia/Tokyo", "lima": "America/Lima"}
+setup(
+    {alias: database(ENGINE, TIME_ZONE=zone) for alias, zone in zones.items()}, TIME_ZONE="Africa/Nairobi"
+)
+from django.db import connections
+def look(alias):
+    noon = "SELECT extract(hour FROM timestamptz '2020-01-01 12:00Z')::int"
+    found = ask("SHOW TimeZone", alias), ask(noon, alias)
+    connections[alias].close()
+    return found
+def spoil(alias):
+    ask("SELECT set_config('TimeZone', 'Europe/Oslo', false)", alias)
+for _ in range(2):
+    assert gevent.spawn(look, "default").get(timeout=10) == ("UTC", 12)
+    assert gevent.spawn(look, "tokyo").get(timeout=10) == ("Asia/Tokyo", 21)
+    assert gevent.spawn(look, "lima").get(timeout=10) == ("America/Lima", 7)
+    for alias in zones:
+        gevent.spawn(spoil, alias).get(timeout=10)
+""",
+        services,
+        engine,
+        PUFF_POSTGRES_POOL_MAX_SIZE="1",
+    )
+
+
+@both_engines
+def test_the_test_runner_makes_and_drops_its_databases(engine: str, services) -> None:
+    run(
+        """
+setup({"default": database(ENGINE, CONN_MAX_AGE=None, TEST={"NAME": TAG})})
+import psycopg2
+from django.db import connection
+from django.test.utils import setup_databases, teardown_databases
+admin = psycopg2.connect(POSTGRES_URL, pool=False)
+admin.autocommit = True
+def ours():
+    with admin.cursor() as cursor:
+        cursor.execute("SELECT datname FROM pg_database WHERE datname LIKE %s ORDER BY 1", [TAG + "%"])
+        return [name for (name,) in cursor]
+before = ask("SELECT current_database()")
+old = setup_databases(verbosity=0, interactive=False, parallel=2)
+assert ours() == [TAG, TAG + "_1", TAG + "_2"], ours()
+assert ask("SELECT current_database()") == TAG
+# also in greenlets, whose connections nobody closes
+assert gevent.spawn(ask, "SELECT current_database()").get(timeout=10) == TAG
+teardown_databases(old, verbosity=0, parallel=2)
+assert ours() == []
+assert ask("SELECT current_database()") == before
+""",
+        services,
+        engine,
+    )
+
+
+def test_the_configured_server_of_the_alias_is_used(services) -> None:
+    run(
+        """
+separator = "&" if "?" in POSTGRES_URL else "?"
+os.environ["PUFF_REPORTS_POSTGRES_URL"] = f"{POSTGRES_URL}{separator}application_name=reports"
+setup({
+    "default": database(ENGINE),
+    "reports": database(ENGINE),
+    "named": database(ENGINE, NAME="puff_no_such_database"),
+})
+assert ask("SHOW application_name") == ""
+assert ask("SHOW application_name", "reports") == "reports"
+from django.db import connections
+# A NAME is a choice: nothing is taken from the configuration then, nor for Django's connection to create it.
+assert connections["named"].settings_dict["HOST"] == ""
+nodb = connections["named"].__class__({**connections["named"].settings_dict, "NAME": None}, alias="__no_db__")
+assert nodb.settings_dict["HOST"] == nodb.settings_dict["USER"] == ""
+""",
+        services,
+    )
+
+
+def test_pool_options(services) -> None:
+    run(
+        """
+setup({
+    "default": database(ENGINE, OPTIONS={"pool": {"max_size": 2, "timeout": 0.2}, "application_name": TAG}),
+    "roomy": database(ENGINE, OPTIONS={"pool": {"min_size": 20}}),
+    "plain": database(ENGINE, OPTIONS={"pool": True}),
+    "own": database(ENGINE, CONN_MAX_AGE=60, OPTIONS={"pool": False, "application_name": TAG + "-own"}),
+    "typo": database(ENGINE, OPTIONS={"pool": {"max_sise": 2}}),
+    "wrong": database(ENGINE, OPTIONS={"pool": {"max_size": 0}}),
+    "silly": database(ENGINE, OPTIONS={"pool": "yes"}),
+})
+from django.core.exceptions import ImproperlyConfigured
+from django.db import OperationalError, connection, connections
+held = [gevent.spawn(ask, "SELECT 1 FROM pg_sleep(1)") for _ in range(2)]
+gevent.sleep(0.1)
+try:
+    ask("SELECT 1")
+except OperationalError as error:
+    assert type(error.__cause__).__name__ == "PoolTimeout", error.__cause__
+    for part in ("max_size", " 2 ", "0.2 s", "PUFF_POSTGRES_POOL_MAX_SIZE", "postgres://"):
+        assert part in str(error), (part, str(error))
+else:
+    raise AssertionError("a third connection")
+gevent.joinall(held, raise_error=True)
+connection.close()
+connection.close_pool()
+
+assert ask("SELECT 1", "roomy") == ask("SELECT 1", "plain") == 1
+
+names = set(puff_patch.stats())
+pid = ask("SELECT pg_backend_pid()", "own")
+connections["own"].close_if_unusable_or_obsolete()
+assert ask("SELECT pg_backend_pid()", "own") == pid, "CONN_MAX_AGE does not hold for a connection of one's own"
+server = Server(TAG + "-own")
+assert server.sessions() == 1
+connections["own"].close()
+assert set(puff_patch.stats()) == names
+with gevent.Timeout(10):
+    while server.sessions():
+        gevent.sleep(0.01)
+
+for alias, parts in {
+    "typo": ["DATABASES['typo']", "'max_sise'", "did you mean 'max_size'"],
+    "wrong": ["max_size"],
+    "silly": ["DATABASES['silly']", "'yes'"],
+}.items():
+    try:
+        ask("SELECT 1", alias)
+    except ImproperlyConfigured as error:
+        assert all(part in str(error) for part in parts), error
+    else:
+        raise AssertionError(alias)
+""",
+        services,
+        PUFF_POSTGRES_POOL_MAX_SIZE="50",
+    )
+
+
+def test_without_patch_all_it_says_where_to_put_the_line(services) -> None:
+    message = run(
+        """
+setup({"default": database(ENGINE)})
+from django.core.exceptions import ImproperlyConfigured
+try:
+    ask("SELECT 1")
+except ImproperlyConfigured as error:
+    report(str(error))
+""",
+        services,
+        patched="from django_process import *\n",
+    )
+    assert "puff_patch.patch_all()" in message
+    assert "first lines of manage.py and wsgi.py" in message
+
+
+@both_engines
+def test_an_unreachable_server_names_the_ways_out(engine: str, services) -> None:
+    message = run(
+        """
+setup({"default": database(ENGINE, HOST="127.0.0.1", PORT="1", NAME="nowhere", USER="me", PASSWORD="s3cret")})
+from django.db import OperationalError
+try:
+    ask("SELECT 1")
+except OperationalError as error:
+    report(str(error))
+""",
+        services,
+        engine,
+    )
+    assert "127.0.0.1:1/nowhere" in message
+    assert "s3cret" not in message
+    for way_out in ("start a PostgreSQL server", "PUFF_DEFAULT_POSTGRES_URL", "PUFF_EMBEDDED=1"):
+        assert way_out in message
