@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from support.servers import CountingHTTPServer
@@ -24,7 +26,7 @@ class Urls:
 
 
 @pytest.fixture(scope="session")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
+def services() -> Iterator[Urls]:
     """A PostgreSQL and a Redis: those named in the environment, else embedded ones of this test run."""
     postgres, redis = os.environ.get("PUFF_TEST_POSTGRES_URL"), os.environ.get("PUFF_TEST_REDIS_URL")
     if postgres and redis:
@@ -32,9 +34,12 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
         return
     from puff_patch import embedded
 
-    started = embedded.ensure(tmp_path_factory.mktemp("services"))
-    yield Urls(postgres or started.postgres_url, redis or started.redis_url)
-    started.stop()
+    # Not in pytest's own folder: each run of pytest closes that one to all but its user, also while another runs.
+    with tempfile.TemporaryDirectory(prefix="puff-test-") as folder:
+        started = embedded.ensure(Path(folder))
+        yield Urls(postgres or started.postgres_url, redis or started.redis_url)
+        started.stop()
+        embedded.stop(Path(folder))
 
 
 @pytest.fixture(scope="session")

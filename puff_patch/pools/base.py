@@ -16,8 +16,8 @@ real threads alike.  It is reentrant, because the garbage collector may strike i
 finalizer that takes or returns a connection; the sections are written so that this does no harm: between a look
 and the act upon it nothing is allocated.
 
-Background work (resets, refills, pruning) runs in the main thread's hub once the pool has been used there: the hub
-of another thread may die with it, or not run for long.
+Background work (resets, refills, pruning) runs in the main thread's hub only, once the pool has been used there:
+the hub of another thread may die with it, in the midst of a reset, and what it held would be lost.
 """
 
 from __future__ import annotations
@@ -405,14 +405,11 @@ class Pool(Generic[C]):
     # In the background
 
     def _at_home(self, call: Callable[[], object]) -> None:
-        here = Mailbox.current()
-        home = self._home
-        if home is None or home.closed or (home is not here and gevent.get_hub().main_hub):
-            home = self._home = here
-        if home is here:
+        if gevent.get_hub().main_hub:
+            self._home = Mailbox.current()
             call()
-        else:
-            home.post(call)
+        elif self._home is not None:
+            self._home.post(call)
 
     def _send_janitor(self) -> None:
         # As many as there is work for, up to a few: resets wait for the server, not for each other.

@@ -211,7 +211,7 @@ def can_be_leased(factory: Any) -> bool:
         isinstance(factory, type)
         and issubclass(factory, extensions.connection)
         and not issubclass(factory, _psycopg.ReplicationConnection)
-        and factory.__basicsize__ <= LeasedConnection.__basicsize__
+        and not any(vars(base).get("__slots__") for base in factory.__mro__)
     )
 
 

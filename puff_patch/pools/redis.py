@@ -122,7 +122,9 @@ class RedisPool(redis.ConnectionPool):
         """Forget all connections, as `redis.ConnectionPool.reset` does."""
         super().reset()
         if "_connections" in vars(self):  # redis-py's __init__ calls this first
-            self._leased.clear()
+            leased, self._leased = self._leased, {}
+            for slot in leased.values():
+                self._connections.reclaim(slot)
             self._connections.drain()
 
     def get_connection(self, command_name: Any = None, *keys: Any, **options: Any) -> Any:

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from psycopg2 import extensions
+from redis.connection import parse_url
 
 
 class CountingHTTPServer(ThreadingHTTPServer):
@@ -73,18 +74,28 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent."""
 
 
-class PostgresProxy:
-    """Passes connections on to a PostgreSQL server, until told to fall silent."""
+class Proxy:
+    """Passes TCP connections on to a server, until told to fall silent.
 
-    def __init__(self, dsn: str) -> None:
-        parameters = extensions.parse_dsn(dsn)
-        self._host, self._port = parameters.get("host", "localhost"), int(parameters.get("port", 5432))
+    Args:
+        address: where the server is: a path, or a host and a port.
+    """
+
+    def __init__(self, address: str | tuple[str, int]) -> None:
+        self._address = address
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = [self._listener]
+        self.port: int = self._listener.getsockname()[1]
         self.silent = threading.Event()
         self.accepted = 0
-        self.dsn = extensions.make_dsn(dsn, host="127.0.0.1", port=self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def _connect(self) -> socket.socket:
+        if not isinstance(self._address, str):
+            return socket.create_connection(self._address)
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(self._address)
+        return server
 
     def _accept(self) -> None:
         while True:
@@ -96,11 +107,7 @@ class PostgresProxy:
             self._open.append(client)
             if self.silent.is_set():
                 continue  # never answered
-            if self._host.startswith("/"):
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(f"{self._host}/.s.PGSQL.{self._port}")
-            else:
-                server = socket.create_connection((self._host, self._port))
+            server = self._connect()
             self._open.append(server)
             for source, target in ((client, server), (server, client)):
                 threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
@@ -119,3 +126,22 @@ class PostgresProxy:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
+
+
+class PostgresProxy(Proxy):
+    """One before PostgreSQL; ``dsn`` leads through it."""
+
+    def __init__(self, dsn: str) -> None:
+        parameters = extensions.parse_dsn(dsn)
+        host, port = parameters.get("host", "localhost"), int(parameters.get("port", 5432))
+        super().__init__(f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port))
+        self.dsn = extensions.make_dsn(dsn, host="127.0.0.1", port=self.port)
+
+
+class RedisProxy(Proxy):
+    """One before Redis; ``url`` leads through it."""
+
+    def __init__(self, url: str) -> None:
+        parameters = parse_url(url)
+        super().__init__(parameters.get("path") or (parameters["host"], parameters.get("port", 6379)))
+        self.url = f"redis://127.0.0.1:{self.port}/{parameters.get('db', 0)}"
