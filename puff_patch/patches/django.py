@@ -100,10 +100,10 @@ def _return_at_end_of_greenlet(wrapper: Any) -> None:
 
 def close_idle_connections(wrapper: Any) -> None:
     """Close what the pools keep open to the wrapper's database."""
-    from puff_patch.pools import postgres
+    from puff_patch.pools import servers
 
     settings = wrapper.settings_dict
-    postgres.drain_pools(
+    servers.drain_pools(
         dbname=settings["NAME"] or "", host=settings["HOST"] or "", port=str(settings["PORT"] or "")
     )
 

@@ -46,12 +46,9 @@ class Psycopg2Patch(Patch):
         self.ledger.replace(module, "connect", connect)
 
         def close_pools() -> None:
-            from puff_patch.pools.base import all_pools
-            from puff_patch.pools.postgres import PostgresPool
+            from puff_patch.pools import postgres, servers
 
-            for pool in all_pools():
-                if isinstance(pool, PostgresPool):
-                    pool.close()
+            servers.close_pools(postgres.PostgresPool)
 
         self.ledger.on_restore(close_pools)
 
