@@ -123,11 +123,14 @@ class LeasedConnection(psycopg.Connection[Any]):
         lease.pool.checkin(lease.slot, session, reusable=reusable)
 
     def __del__(self, *_: Any) -> None:
-        # Dropped without close(): its place in the pool is free again.
+        # Dropped without close(), of which psycopg warns: its place in the pool is free again.
         lease = self._puff_lease
-        if lease is not None:
-            self._puff_lease = None
-            lease.pool.checkin(lease.slot, lease.session, reusable=False)
+        try:
+            super().__del__()
+        finally:
+            if lease is not None:
+                self._puff_lease = None
+                lease.pool.checkin(lease.slot, lease.session, reusable=False)
 
 
 @cache
