@@ -2,7 +2,7 @@
 
 With no NAME, HOST, USER and so on, the server is the one puff_patch is configured for under the alias's name
 (``PUFF_<ALIAS>_POSTGRES_URL``, the embedded one, or localhost).  ``OPTIONS["pool"]`` takes the pool options of
-`puff_patch.config.PoolOptions`, or False for connections of their own.
+`puff_patch.config.PoolOptions`, or False for connections of their own; with psycopg2 and with psycopg 3.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.backends.postgresql import base
-from django.db.backends.postgresql.psycopg_any import is_psycopg3
 
-import puff_patch
 from puff_patch.config import ConfigError, current
-from puff_patch.patches.django import add_setup
+from puff_patch.patches.django import add_setup, driver
 
+# What psycopg_pool takes and Django passes on to it, and our pool has no use for.
+_OF_PSYCOPG_POOL = frozenset(
+    {
+        *("check", "close_returns", "configure", "connection_class", "kwargs", "name", "num_workers", "open"),
+        *("reconnect_failed", "reconnect_timeout", "reset"),
+    }
+)
 _SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
 
 
@@ -33,9 +38,9 @@ class DatabaseWrapper(base.DatabaseWrapper):
         super().__init__(settings_dict, alias)
 
     @property
-    def pool(self) -> Any:
-        """Django's pool, which is psycopg 3's; ours is behind ``psycopg2.connect``."""
-        return super().pool if is_psycopg3 else None
+    def pool(self) -> None:
+        """Django's pool, which is psycopg_pool's: never here, ours is behind the driver's ``connect``."""
+        return None
 
     def get_connection_params(self) -> dict[str, Any]:
         """Django's parameters for ``connect``, and the pool's options.
@@ -43,23 +48,26 @@ class DatabaseWrapper(base.DatabaseWrapper):
         Raises:
             ImproperlyConfigured: ``OPTIONS["pool"]`` is wrong, or `puff_patch.patch_all` was not called.
         """
-        if is_psycopg3:
-            return super().get_connection_params()
         options = self.settings_dict["OPTIONS"]
         pool = options.get("pool", True)
-        # Django refuses the option for psycopg2, not knowing of ours.
+        # Django takes the option for its own pool, or refuses it: not knowing of ours.
         self.settings_dict["OPTIONS"] = {key: value for key, value in options.items() if key != "pool"}
         try:
             params = super().get_connection_params()
         finally:
             self.settings_dict["OPTIONS"] = options
-        if not puff_patch.is_patched("psycopg2"):
+        if not driver().is_patched():
             raise ImproperlyConfigured(
                 'ENGINE "django_backend.postgresql" needs `import puff_patch; puff_patch.patch_all()` in the '
                 "first lines of manage.py and wsgi.py."
             )
         where = f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]'
         if isinstance(pool, Mapping):
+            if strange := sorted(_OF_PSYCOPG_POOL.intersection(pool)):
+                raise ImproperlyConfigured(
+                    f"{where}: {', '.join(map(repr, strange))} means something to psycopg_pool only, and this "
+                    f'pool is puff_patch\'s: leave it out, or use ENGINE "django.db.backends.postgresql"'
+                )
             try:
                 current().postgres_pool.merged(pool, where=where)
             except ConfigError as error:

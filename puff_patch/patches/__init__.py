@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from puff_patch.patches import django, psycopg2, redis, requests, sockets
+from puff_patch.patches import django, psycopg, psycopg2, redis, requests, sockets
 from puff_patch.patches.base import Patch
 
 #: In the order in which they are applied; the standard library comes first.
 PATCHES: dict[str, Patch] = {
-    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, redis, requests, django)
+    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, psycopg, redis, requests, django)
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
@@ -18,6 +18,7 @@ def patch_all(
     *,
     sockets: bool = True,
     psycopg2: bool = True,
+    psycopg: bool = True,
     redis: bool = True,
     requests: bool = True,
     django: bool = True,
@@ -30,6 +31,7 @@ def patch_all(
     Args:
         sockets: the standard library (sockets, threads, time, subprocesses, ...), by gevent.
         psycopg2: cooperative waits, and ``psycopg2.connect`` from a pool.
+        psycopg: the same for psycopg 3.
         redis: clients of redis-py wait for a connection when their pool is full.
         requests: sessions share their connections.
         django: Django's own PostgreSQL and Redis backends share what they otherwise build per greenlet.
@@ -45,6 +47,7 @@ def patch_all(
     switches = {
         "sockets": sockets,
         "psycopg2": psycopg2,
+        "psycopg": psycopg,
         "redis": redis,
         "requests": requests,
         "django": django,

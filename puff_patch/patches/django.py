@@ -37,7 +37,7 @@ class DjangoPatch(Patch):
             self.ledger.replace(module.RedisCache, "_cache", shared)
             self.ledger.replace(module.RedisCacheClient, "get_client", get_client)
             self.ledger.on_restore(_forget_clients)
-        elif not module.is_psycopg3:
+        else:
             self._apply_postgresql(module.DatabaseWrapper)
 
     def _apply_postgresql(self, wrapper_class: Any) -> None:
@@ -46,10 +46,9 @@ class DjangoPatch(Patch):
 
         @functools.wraps(get_params)
         def get_connection_params(self: Any) -> dict[str, Any]:
-            from puff_patch.patches import psycopg2
-
             params: dict[str, Any] = get_params(self)
-            if psycopg2.is_patched():
+            # Django's own pool (OPTIONS["pool"], psycopg 3 only) asks here, too; it sets the time zone by itself.
+            if driver().is_patched() and not self.settings_dict["OPTIONS"].get("pool"):
                 add_setup(self, params)
             return params
 
@@ -72,6 +71,15 @@ class DjangoPatch(Patch):
         self.ledger.replace(wrapper_class, "get_connection_params", get_connection_params)
         self.ledger.replace(wrapper_class, "connect", connect_and_lease)
         self.ledger.replace(wrapper_class, "close_pool", close_pool)
+
+
+def driver() -> Patch:
+    """The patch of the driver that Django's PostgreSQL backend uses in this process."""
+    from django.db.backends.postgresql.psycopg_any import is_psycopg3
+
+    from puff_patch.patches import psycopg, psycopg2
+
+    return psycopg.PATCH if is_psycopg3 else psycopg2.PATCH
 
 
 def _return_at_end_of_greenlet(wrapper: Any) -> None:
@@ -100,10 +108,10 @@ def _return_at_end_of_greenlet(wrapper: Any) -> None:
 
 def close_idle_connections(wrapper: Any) -> None:
     """Close what the pools keep open to the wrapper's database."""
-    from puff_patch.pools import postgres
+    from puff_patch.pools import servers
 
     settings = wrapper.settings_dict
-    postgres.drain_pools(
+    servers.drain_pools(
         dbname=settings["NAME"] or "", host=settings["HOST"] or "", port=str(settings["PORT"] or "")
     )
 
@@ -163,7 +171,7 @@ def add_setup(wrapper: Any, params: dict[str, Any]) -> None:
 
     Args:
         wrapper: Django's DatabaseWrapper.
-        params: what it will pass to ``psycopg2.connect``; changed in place.
+        params: what it will pass to the driver's ``connect``; changed in place.
     """
     pool = params.get("pool")
     zone = wrapper.timezone_name

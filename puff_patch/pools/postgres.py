@@ -12,29 +12,29 @@ from __future__ import annotations
 
 import gc
 import os
-import re
-import select
 import socket
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
-import gevent
 import psycopg2
 from gevent.monkey import get_original
 from psycopg2 import _psycopg, extensions
 
-from puff_patch.config import PoolOptions, current, unreachable_hint
 from puff_patch.pools import base
-from puff_patch.pools.base import Discard, Pool, Slot
+from puff_patch.pools.base import Discard, Slot
 from puff_patch.pools.libpq import is_busy, stop_query
 from puff_patch.pools.offload import CooperativeConnection
+from puff_patch.pools.servers import (
+    Cursors,
+    Registry,
+    ServerPool,
+    at_most,
+    is_silent,
+    says_unreachable,
+)
 
-_POLL_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
-_poll: Callable[[], Any] = get_original("select", "poll")
 _socket: Callable[..., Any] = get_original("socket", "socket")
 # What psycopg2.connect() calls, which is replaced by a patch.
 _connect: Callable[..., Any] = _psycopg._connect
@@ -46,12 +46,6 @@ _RETURNABLE = frozenset(
         extensions.TRANSACTION_STATUS_INTRANS,
         extensions.TRANSACTION_STATUS_INERROR,
     }
-)
-# What libpq says when it reached no server at all, as against one that refused the login.
-_UNREACHABLE = re.compile(
-    r"refused|could not connect|could not translate|No such file|timeout expired|unreachable|No route"
-    r"|reset by peer",
-    re.IGNORECASE,
 )
 
 
@@ -77,38 +71,17 @@ class _Lease:
         self.slot = slot
 
 
-class _Cursors:
-    """The cursors of a connection that are still alive, over all its leases."""
-
-    __slots__ = ("_prune_at", "_references")
-
-    def __init__(self) -> None:
-        self._references: list[weakref.ref[extensions.cursor]] = []
-        self._prune_at = 64
-
-    def add(self, cursor: extensions.cursor) -> None:
-        self._references.append(weakref.ref(cursor))
-        if len(self._references) > self._prune_at:
-            self._prune_at = 2 * len(self.alive()) + 64
-
-    def alive(self) -> list[extensions.cursor]:
-        found = [cursor for reference in self._references if (cursor := reference()) is not None]
-        if len(found) < len(self._references):
-            self._references = [weakref.ref(cursor) for cursor in found]
-        return found
-
-
 class LeasedConnection(CooperativeConnection):
     """A connection leased from a pool; `close` returns it."""
 
     _puff_lease: _Lease | None = None
-    _puff_cursors: _Cursors
+    _puff_cursors: Cursors
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A caller's connection_factory may define __init__; it runs at every lease, the connecting once.
         if self.dsn is None:
             super().__init__(*args, **kwargs)
-            self._puff_cursors = _Cursors()
+            self._puff_cursors = Cursors()
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg2's; remembered, to be closed when the lease ends."""
@@ -238,28 +211,17 @@ class _ResettingConnection(_returned_class(LeasedConnection)):  # type: ignore[m
     fileno = extensions.connection.fileno
 
 
-class PostgresPool(Pool[LeasedConnection]):
-    """A bounded pool of psycopg2 connections to one DSN.
-
-    Args:
-        dsn: a libpq connection string.
-        options: sizes and time-outs.
-        setup: SQL run on every new connection and after every reset, e.g. ``SET TIME ZONE 'UTC'``.
-        name: for messages and statistics; derived from the DSN by default.
-    """
+class PostgresPool(ServerPool[LeasedConnection]):
+    """A bounded pool of psycopg2 connections to one DSN; see `ServerPool`."""
 
     PoolTimeout = PoolTimeout
     TooManyRequests = TooManyRequests
     PoolClosed = PoolClosed
-    how_to_grow: ClassVar[str] = (
-        'raise max_size (PUFF_POSTGRES_POOL_MAX_SIZE, or OPTIONS["pool"] in DATABASES) within what '
-        "the server's max_connections allows for all processes"
-    )
 
-    def __init__(self, dsn: str, options: PoolOptions, *, setup: str | None = None, name: str = "") -> None:
-        self.dsn = dsn
-        self._setup = setup
-        super().__init__(name or display_name(extensions.parse_dsn(dsn)), options)
+    @staticmethod
+    def parse(dsn: str) -> Mapping[str, Any]:
+        """The parameters of a connection string."""
+        return extensions.parse_dsn(dsn)
 
     def lease(
         self,
@@ -297,12 +259,12 @@ class PostgresPool(Pool[LeasedConnection]):
         limit = extensions.parse_dsn(self.dsn).get("connect_timeout")
         # In its cooperative mode libpq leaves connect_timeout to its caller; 0 means for ever there.
         seconds = float(limit) if limit and float(limit) > 0 else self.options.timeout
-        with _at_most(seconds, lambda: self._unreachable(f"timeout expired: no answer in {seconds:g} s")):
+        with at_most(seconds, lambda: self._error(f"timeout expired: no answer in {seconds:g} s")):
             try:
                 connection: LeasedConnection = _connect(self.dsn, connection_factory=LeasedConnection)
             except psycopg2.OperationalError as error:
-                if _UNREACHABLE.search(str(error)) and "FATAL" not in str(error):
-                    raise self._unreachable(str(error)) from error
+                if says_unreachable(str(error)):
+                    raise self._error(str(error)) from error
                 raise
             if self._setup:
                 connection.autocommit = True
@@ -311,17 +273,15 @@ class PostgresPool(Pool[LeasedConnection]):
                 connection.autocommit = False
         return connection
 
-    def _unreachable(self, reason: str) -> psycopg2.OperationalError:
-        return psycopg2.OperationalError(
-            f"cannot reach PostgreSQL at {self.name}: {reason.strip()}\n{unreachable_hint('postgres')}"
-        )
+    def _error(self, reason: str) -> psycopg2.OperationalError:
+        return psycopg2.OperationalError(self._unreachable(reason))
 
     def _reset(self, connection: LeasedConnection) -> None:
         connection.__class__ = _ResettingConnection
         for cursor in connection._puff_cursors.alive():
             cursor.close()
         seconds = self.options.timeout
-        with _at_most(seconds, lambda: psycopg2.OperationalError(f"no answer in {seconds:g} s")):
+        with at_most(seconds, lambda: psycopg2.OperationalError(f"no answer in {seconds:g} s")):
             self._reset_session(connection)
         _forget(connection)
         connection.__class__ = _returned_class(LeasedConnection)
@@ -352,10 +312,7 @@ class PostgresPool(Pool[LeasedConnection]):
         # A finalizer runs once: a connection that one has rescued could not be reclaimed if it were dropped again.
         if not _is_idle(connection) or gc.is_finalized(connection):
             return False
-        # An idle session has nothing to say: bytes or EOF mean that the server ended it.
-        poll = _poll()
-        poll.register(_C.fileno(connection), _POLL_READABLE)
-        return not poll.poll(0)
+        return is_silent(_C.fileno(connection))
 
     def _is_free(self, slot: Slot[LeasedConnection]) -> bool:
         # Somebody who still holds the old handle could use the next lease: see the module.  Old cursors are
@@ -396,20 +353,6 @@ def _forget(connection: LeasedConnection) -> None:
     connection._puff_cursors = cursors
 
 
-@contextmanager
-def _at_most(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
-    timeout = gevent.Timeout(seconds)
-    timeout.start()
-    try:
-        yield
-    except gevent.Timeout as expired:
-        if expired is not timeout:
-            raise
-        raise error() from None
-    finally:
-        timeout.close()
-
-
 def _idle_references() -> int:
     """What ``sys.getrefcount(slot.connection)`` gives, in this interpreter, if only the slot refers to it."""
     slot: Slot[Any] = Slot(0)
@@ -420,60 +363,9 @@ def _idle_references() -> int:
 _IDLE_REFERENCES = _idle_references()
 
 
-def display_name(parameters: Mapping[str, Any]) -> str:
-    """A URL without secrets that tells a reader which server and database are meant."""
-    host = parameters.get("host") or os.environ.get("PGHOST") or "local socket"
-    port = parameters.get("port") or os.environ.get("PGPORT") or "5432"
-    user = parameters.get("user") or os.environ.get("PGUSER") or ""
-    database = parameters.get("dbname") or os.environ.get("PGDATABASE") or user
-    where = host if host.startswith(("/", "@")) or host == "local socket" else f"{host}:{port}"
-    return f"postgres://{user}@{where}/{database}" if user else f"postgres://{where}/{database}"
-
-
-# What libpq takes from the environment if a DSN leaves it out, so that it is part of what a DSN means.
-_LIBPQ_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS")
-
-_registry: dict[Any, PostgresPool] = {}
-_registry_lock = get_original("_thread", "allocate_lock")()
-
-
-def get_pool(dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str | None = None) -> PostgresPool:
-    """The pool of this process for a DSN with these options; made at the first call.
-
-    Args:
-        dsn: a libpq connection string.
-        overrides: pool options that differ from the configured defaults.
-        setup: see `PostgresPool`.
-
-    Raises:
-        puff_patch.config.ConfigError: an unknown or impossible option.
-    """
-    environment = tuple(map(os.environ.get, _LIBPQ_VARIABLES))
-    key = (dsn, tuple(sorted((overrides or {}).items())), setup, environment)
-    pool = _registry.get(key)
-    if pool is None or pool.closed:
-        options = current().postgres_pool.merged(overrides or {}, where="PostgreSQL pool options")
-        with _registry_lock:
-            pool = _registry.get(key)
-            if pool is None or pool.closed:
-                pool = _registry[key] = PostgresPool(dsn, options, setup=setup)
-        pool.open()
-    return pool
-
-
-def drain_pools(*, dbname: str, host: str = "", port: str = "") -> None:
-    """Close the idle connections of every pool to one database, and the leased ones at their return.
-
-    Args:
-        dbname: the database's name, as in the DSN.
-        host: as in the DSN, empty if it names none.
-        port: as in the DSN, empty if it names none.
-    """
-    wanted = {"dbname": dbname, "host": host, "port": port}
-    for pool in list(_registry.values()):
-        found = extensions.parse_dsn(pool.dsn)
-        if all(found.get(name, "") == value for name, value in wanted.items()):
-            pool.drain()
+_registry = Registry(PostgresPool)
+#: See `Registry.get`.
+get_pool = _registry.get
 
 
 __all__ = [
@@ -483,7 +375,5 @@ __all__ = [
     "PoolTimeout",
     "PostgresPool",
     "TooManyRequests",
-    "display_name",
-    "drain_pools",
     "get_pool",
 ]

@@ -1,13 +1,16 @@
-"""The three pools behind one face, for the contract that all of them keep."""
+"""The pools behind one face, for the contract that all of them keep."""
 
 from __future__ import annotations
 
 import itertools
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import gevent
+import psycopg
 import psycopg2
 import redis
 from psycopg2 import _psycopg, extensions
@@ -16,7 +19,9 @@ from puff_patch.config import PoolOptions
 from puff_patch.pools import base
 from puff_patch.pools.base import Discard, Pool
 from puff_patch.pools.postgres import PostgresPool
+from puff_patch.pools.psycopg import PsycopgPool
 from puff_patch.pools.redis import RedisPool
+from puff_patch.pools.servers import ServerPool
 
 
 class Driver:
@@ -150,13 +155,13 @@ class Postgres(Driver):
         self.admin = _psycopg._connect(url)
         self.admin.autocommit = True
 
-    def _make(self, options: PoolOptions) -> PostgresPool:
+    def _make(self, options: PoolOptions) -> Any:
         return PostgresPool(self.dsn, options)
 
-    def take(self, pool: PostgresPool) -> Any:
+    def take(self, pool: Any) -> Any:
         return pool.lease()
 
-    def give(self, pool: PostgresPool, connection: Any) -> None:
+    def give(self, pool: Any, connection: Any) -> None:
         connection.close()
 
     def session(self, connection: Any) -> int:
@@ -177,6 +182,14 @@ class Postgres(Driver):
     def close(self) -> None:
         super().close()
         self.admin.close()
+
+
+class Psycopg(Postgres):
+    name = "psycopg"
+    operational_error = psycopg.OperationalError
+
+    def _make(self, options: PoolOptions) -> PsycopgPool:
+        return PsycopgPool(self.dsn, options)
 
 
 class Redis(Driver):
@@ -218,6 +231,25 @@ class Redis(Driver):
     def close(self) -> None:
         super().close()
         self.admin.connection_pool.disconnect()
+
+
+@dataclass
+class Sql:
+    """One of the two drivers of PostgreSQL, for what is the same with both."""
+
+    module: ModuleType
+    pool_class: type[ServerPool[Any]]
+    is_busy: Callable[[Any], bool]
+    url: str
+    pools: list[ServerPool[Any]] = field(default_factory=list)
+
+    def make_pool(self, setup: str | None = None, dsn: str = "", **options: Any) -> Any:
+        """A pool of one, so that the next lease is the same session, unless ``max_size`` is given."""
+        pool = self.pool_class(
+            dsn or self.url, PoolOptions(**{"max_size": 1, "timeout": 5, **options}), setup=setup
+        )
+        self.pools.append(pool)
+        return pool
 
 
 MakeDriver = Callable[[], Driver]
