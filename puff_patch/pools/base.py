@@ -163,6 +163,9 @@ class Pool(Generic[C]):
         """Close without waiting for the server."""
         raise NotImplementedError
 
+    def _wait_for_room(self) -> None:
+        """Wait until the server has room for one more: a connection closed here may still be open there."""
+
     def _abandon(self, connection: C) -> None:
         """In a forked child: forget the parent's connection without a word on its socket."""
         raise NotImplementedError
@@ -330,6 +333,7 @@ class Pool(Generic[C]):
         slot.epoch, slot.expires_at, slot.returned_at = other.epoch, other.expires_at, other.returned_at
 
     def _open(self, slot: Slot[C]) -> None:
+        self._wait_for_room()
         started = time.monotonic()
         self._counters["connections_num"] += 1
         slot.epoch = self._epoch  # as of now: a drain in the meantime means this connection, too

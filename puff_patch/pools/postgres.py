@@ -24,7 +24,7 @@ from psycopg2 import _psycopg, extensions
 
 from puff_patch.pools import base
 from puff_patch.pools.base import Discard, Slot
-from puff_patch.pools.libpq import is_busy, stop_query
+from puff_patch.pools.libpq import follow, is_busy, stop_query
 from puff_patch.pools.offload import CooperativeConnection
 from puff_patch.pools.servers import (
     Cursors,
@@ -75,6 +75,8 @@ class LeasedConnection(CooperativeConnection):
     """A connection leased from a pool; `close` returns it."""
 
     _puff_lease: _Lease | None = None
+    _puff_pool: PostgresPool
+    _puff_generation: int
     _puff_cursors: Cursors
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +118,7 @@ class LeasedConnection(CooperativeConnection):
         lease = self._puff_lease
         if lease is not None:
             self._puff_lease = None
+            lease.pool.is_closing(self)
             lease.pool.reclaim(lease.slot)
 
 
@@ -261,7 +264,7 @@ class PostgresPool(ServerPool[LeasedConnection]):
         seconds = float(limit) if limit and float(limit) > 0 else self.options.timeout
         with at_most(seconds, lambda: self._error(f"timeout expired: no answer in {seconds:g} s")):
             try:
-                connection: LeasedConnection = _connect(self.dsn, connection_factory=LeasedConnection)
+                connection: LeasedConnection = _connect(self.dsn, connection_factory=self._new)
             except psycopg2.OperationalError as error:
                 if says_unreachable(str(error)):
                     raise self._error(str(error)) from error
@@ -275,6 +278,18 @@ class PostgresPool(ServerPool[LeasedConnection]):
 
     def _error(self, reason: str) -> psycopg2.OperationalError:
         return psycopg2.OperationalError(self._unreachable(reason))
+
+    def _new(self, *args: Any) -> LeasedConnection:
+        connection = LeasedConnection.__new__(LeasedConnection)
+        # Before it connects, which may be interrupted.
+        connection._puff_pool, connection._puff_generation = self, self._generation
+        LeasedConnection.__init__(connection, *args)
+        return connection
+
+    def is_closing(self, connection: LeasedConnection) -> None:
+        """Have the connection, which is closed right after this, counted as long as the server has it."""
+        if connection._puff_generation == self._generation:  # else it is the parent's
+            follow(connection, self.farewells)
 
     def _reset(self, connection: LeasedConnection) -> None:
         connection.__class__ = _ResettingConnection
@@ -325,6 +340,7 @@ class PostgresPool(ServerPool[LeasedConnection]):
 
     def _close(self, connection: LeasedConnection) -> None:
         if not is_busy(connection):
+            self.is_closing(connection)
             _C.close(connection)
             return
         # Another greenlet waits in this connection and holds its lock, a native one: closing it here would stop
@@ -348,9 +364,10 @@ def _forget(connection: LeasedConnection) -> None:
     connection.binary_types.clear()
     connection.notices = []
     connection.notifies = []
-    cursors = connection._puff_cursors
-    vars(connection).clear()
-    connection._puff_cursors = cursors
+    attributes = vars(connection)
+    kept = {name: attributes[name] for name in ("_puff_pool", "_puff_generation", "_puff_cursors")}
+    attributes.clear()
+    attributes.update(kept)
 
 
 def _idle_references() -> int:

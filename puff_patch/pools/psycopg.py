@@ -235,8 +235,10 @@ class PsycopgPool(ServerPool[Session]):
         return others <= sum(_references(cursor, session.pgconn) for cursor in session.cursors.alive())
 
     def _close(self, session: Session) -> None:
-        stop_query(session.pgconn)
-        session.pgconn.finish()
+        pgconn = session.pgconn
+        if pgconn.status == pq.ConnStatus.OK:
+            self.farewells.follow(pgconn.socket, Cancel(pgconn).send if _is_busy(pgconn) else None)
+        pgconn.finish()
 
     def _abandon(self, session: Session) -> None:
         """Nothing to do: psycopg leaves the socket alone in a process that did not open it."""
@@ -273,41 +275,59 @@ def _idle_references() -> int:
 _IDLE_REFERENCES = _idle_references()
 
 
+class Cancel:
+    """A request to the server to stop what it does for a connection; outlives the connection."""
+
+    def __init__(self, pgconn: pq.abc.PGconn) -> None:
+        self._request: Any = (
+            pgconn.cancel_conn() if psycopg.capabilities.has_cancel_safe() else pgconn.get_cancel()
+        )
+        self._mailbox = Mailbox.current()
+        self._is_under_way = False
+
+    def send(self) -> None:
+        """Send it, by a native thread, unless one is under way; does not wait for it."""
+        if not self._is_under_way:
+            self._is_under_way = True
+            _start_thread(self._send, ())
+
+    def _send(self) -> None:
+        try:
+            if psycopg.capabilities.has_cancel_safe():
+                self._converse()
+            else:
+                # libpq before 17 has no other; the C implementation keeps the interpreter lock meanwhile.
+                self._request.cancel()
+        except psycopg.Error as error:
+            self._mailbox.post(_tell_not_stopped, str(error))
+        finally:
+            self._is_under_way = False
+
+    def _converse(self) -> None:
+        request = self._request
+        reading, writing = pq.PollingStatus.READING, pq.PollingStatus.WRITING
+        deadline = time.monotonic() + _CANCEL_TIMEOUT
+        try:
+            request.start()
+            while (status := request.poll()) in (reading, writing):
+                poll = _poll()
+                poll.register(request.socket, select.POLLIN if status == reading else select.POLLOUT)
+                if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
+                    raise psycopg.OperationalError(f"no answer in {_CANCEL_TIMEOUT:g} s")
+            if status != pq.PollingStatus.OK:
+                raise psycopg.OperationalError(request.get_error_message())
+        finally:
+            request.reset()  # to be sent again
+
+
+def _is_busy(pgconn: pq.abc.PGconn) -> bool:
+    return pgconn.transaction_status == pq.TransactionStatus.ACTIVE
+
+
 def stop_query(pgconn: pq.abc.PGconn) -> None:
     """Ask the server to stop what it does for a connection; does not wait, and does nothing if it is idle."""
-    if pgconn.transaction_status != pq.TransactionStatus.ACTIVE:
-        return
-    # Independent of the connection, which is closed right after.
-    if psycopg.capabilities.has_cancel_safe():
-        _start_thread(_send_cancel, (pgconn.cancel_conn(), Mailbox.current()))
-    else:
-        _start_thread(_send_old_cancel, (pgconn.get_cancel(), Mailbox.current()))
-
-
-def _send_cancel(request: pq.abc.PGcancelConn, mailbox: Mailbox) -> None:
-    reading, writing = pq.PollingStatus.READING, pq.PollingStatus.WRITING
-    deadline = time.monotonic() + _CANCEL_TIMEOUT
-    try:
-        request.start()
-        while (status := request.poll()) in (reading, writing):
-            poll = _poll()
-            poll.register(request.socket, select.POLLIN if status == reading else select.POLLOUT)
-            if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
-                raise psycopg.OperationalError(f"no answer in {_CANCEL_TIMEOUT:g} s")
-        if status != pq.PollingStatus.OK:
-            raise psycopg.OperationalError(request.get_error_message())
-    except psycopg.Error as error:
-        mailbox.post(_tell_not_stopped, str(error))
-    finally:
-        request.finish()
-
-
-def _send_old_cancel(request: pq.abc.PGcancel, mailbox: Mailbox) -> None:
-    # libpq before 17 has no other; the C implementation, not the Python one, keeps the interpreter lock meanwhile.
-    try:
-        request.cancel()
-    except psycopg.Error as error:
-        mailbox.post(_tell_not_stopped, str(error))
+    if _is_busy(pgconn):
+        Cancel(pgconn).send()
 
 
 def _tell_not_stopped(reason: str) -> None:

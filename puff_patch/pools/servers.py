@@ -18,6 +18,7 @@ from gevent.monkey import get_original
 
 from puff_patch.config import PoolOptions, current, unreachable_hint
 from puff_patch.pools.base import Pool, all_pools
+from puff_patch.pools.farewell import Farewells
 
 C = TypeVar("C")
 P = TypeVar("P", bound="ServerPool[Any]")
@@ -51,12 +52,21 @@ class ServerPool(Pool[C]):
     def __init__(self, dsn: str, options: PoolOptions, *, setup: str | None = None, name: str = "") -> None:
         self.dsn = dsn
         self._setup = setup
+        #: Connections that are closed here, and that the server still has.
+        self.farewells = Farewells()
         super().__init__(name or display_name(self.parse(dsn)), options)
 
     @staticmethod
     def parse(dsn: str) -> Mapping[str, Any]:
         """The parameters of a connection string, as the driver understands it."""
         raise NotImplementedError
+
+    def _wait_for_room(self) -> None:
+        self.farewells.wait(lambda leaving: self._size + leaving <= self.options.max_size or not leaving)
+
+    def _after_fork_in_child(self) -> None:
+        self.farewells.forget_all()
+        super()._after_fork_in_child()
 
     def _unreachable(self, reason: str) -> str:
         return f"cannot reach PostgreSQL at {self.name}: {reason.strip()}\n{unreachable_hint('postgres')}"
