@@ -148,8 +148,9 @@ class Patch:
         self._wanted = True
         try:
             for module_name in self.modules:
-                if module_name in sys.modules:
-                    self._apply_once(sys.modules[module_name])
+                # None stands there for a module whose import somebody has forbidden.
+                if (module := sys.modules.get(module_name)) is not None:
+                    self._apply_once(module)
         except BaseException:
             self._undo()
             raise

@@ -1,4 +1,4 @@
-"""Django over pooled PostgreSQL: its own backend unmodified, and ours."""
+"""Django over pooled PostgreSQL: its own backend unmodified, and ours, with psycopg2 and with psycopg 3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import pytest
 from support.process import run_python
 
 ENGINES = ["django.db.backends.postgresql", "django_backend.postgresql"]
-both_engines = pytest.mark.parametrize("engine", ENGINES)
+DRIVERS = ["psycopg2", "psycopg"]
+# The four of them, and two that have each engine and each driver once.
+every_setup = pytest.mark.parametrize(
+    ("engine", "driver"), [(engine, driver) for engine in ENGINES for driver in DRIVERS]
+)
+two_setups = pytest.mark.parametrize(("engine", "driver"), list(zip(ENGINES, reversed(DRIVERS), strict=True)))
+both_drivers = pytest.mark.parametrize("driver", DRIVERS)
 
 PATCHED = """
 import puff_patch
@@ -20,17 +26,35 @@ from django_process import *
 """
 
 
-def run(code: str, services: Any, engine: str = ENGINES[1], *, patched: str = PATCHED, **env: str) -> Any:
-    """``ENGINE`` and a ``TAG`` of this test's own are there."""
-    head = f"ENGINE, TAG = {engine!r}, 'puff-test-{uuid.uuid4().hex[:12]}'\n"
+def run(
+    code: str,
+    services: Any,
+    engine: str = ENGINES[1],
+    driver: str = "psycopg",
+    *,
+    patched: str = PATCHED,
+    **env: str,
+) -> Any:
+    """``ENGINE``, ``DRIVER`` and a ``TAG`` of this test's own are there."""
+    head = f"ENGINE, DRIVER, TAG = {engine!r}, {driver!r}, 'puff-test-{uuid.uuid4().hex[:12]}'\n"
+    if driver == "psycopg2":
+        head += "sys.modules['psycopg'] = None  # Django prefers it, if it can be imported\n"
     return run_python(
         head + patched + code, env={**services.env(), "PYTHONPATH": str(Path(__file__).parent), **env}
     )
 
 
-@both_engines
-@pytest.mark.parametrize("max_age", [0, 60, None])
-def test_hundreds_of_greenlets_share_a_few_connections(engine: str, max_age: int | None, services) -> None:
+@pytest.mark.parametrize(
+    ("engine", "driver", "max_age"),
+    [
+        *((engine, driver, None) for engine in ENGINES for driver in DRIVERS),
+        (ENGINES[0], "psycopg", 0),
+        (ENGINES[1], "psycopg2", 60),
+    ],
+)
+def test_hundreds_of_greenlets_share_a_few_connections(
+    engine: str, driver: str, max_age: int | None, services
+) -> None:
     run(
         f"""
 setup({{"default": database(ENGINE, CONN_MAX_AGE={max_age}, OPTIONS={{"application_name": TAG}})}})
@@ -73,13 +97,14 @@ assert 1 <= server.most <= 4, server.most
 """,
         services,
         engine,
+        driver,
         PUFF_POSTGRES_POOL_MAX_SIZE="4",
         PUFF_POSTGRES_POOL_TIMEOUT="15",
     )
 
 
-@both_engines
-def test_leases_of_dead_greenlets_come_back_at_once(engine: str, services) -> None:
+@every_setup
+def test_leases_of_dead_greenlets_come_back_at_once(engine: str, driver: str, services) -> None:
     run(
         """
 setup({"default": database(ENGINE, CONN_MAX_AGE=None)})
@@ -127,13 +152,14 @@ for death in (fail, hold, query, live_on):
 """,
         services,
         engine,
+        driver,
         PUFF_POSTGRES_POOL_MAX_SIZE="2",
         PUFF_POSTGRES_POOL_TIMEOUT="4",
     )
 
 
-@both_engines
-def test_transactions(engine: str, services) -> None:
+@every_setup
+def test_transactions(engine: str, driver: str, services) -> None:
     run(
         """
 setup({"default": database(ENGINE, CONN_MAX_AGE=60)})
@@ -198,12 +224,13 @@ finally:
 """,
         services,
         engine,
+        driver,
         PUFF_POSTGRES_POOL_MAX_SIZE="3",
     )
 
 
-@both_engines
-def test_each_alias_gets_its_own_time_zone(engine: str, services) -> None:
+@every_setup
+def test_each_alias_gets_its_own_time_zone(engine: str, driver: str, services) -> None:
     run(
         """
 zones = {"default": None, "tokyo": "Asia/Tokyo", "lima": "America/Lima"}
@@ -227,12 +254,13 @@ for _ in range(2):
 """,
         services,
         engine,
+        driver,
         PUFF_POSTGRES_POOL_MAX_SIZE="1",
     )
 
 
-@both_engines
-def test_the_test_runner_makes_and_drops_its_databases(engine: str, services) -> None:
+@two_setups
+def test_the_test_runner_makes_and_drops_its_databases(engine: str, driver: str, services) -> None:
     run(
         """
 setup({"default": database(ENGINE, CONN_MAX_AGE=None, TEST={"NAME": TAG})})
@@ -257,6 +285,7 @@ assert ask("SELECT current_database()") == before
 """,
         services,
         engine,
+        driver,
     )
 
 
@@ -282,7 +311,8 @@ assert nodb.settings_dict["HOST"] == nodb.settings_dict["USER"] == ""
     )
 
 
-def test_pool_options(services) -> None:
+@both_drivers
+def test_pool_options(driver: str, services) -> None:
     run(
         """
 setup({
@@ -293,6 +323,7 @@ setup({
     "typo": database(ENGINE, OPTIONS={"pool": {"max_sise": 2}}),
     "wrong": database(ENGINE, OPTIONS={"pool": {"max_size": 0}}),
     "silly": database(ENGINE, OPTIONS={"pool": "yes"}),
+    "strange": database(ENGINE, OPTIONS={"pool": {"max_size": 2, "num_workers": 3}}),
 })
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError, connection, connections
@@ -328,6 +359,7 @@ for alias, parts in {
     "typo": ["DATABASES['typo']", "'max_sise'", "did you mean 'max_size'"],
     "wrong": ["max_size"],
     "silly": ["DATABASES['silly']", "'yes'"],
+    "strange": ["DATABASES['strange']", "'num_workers'", "psycopg_pool", "django.db.backends.postgresql"],
 }.items():
     try:
         ask("SELECT 1", alias)
@@ -337,11 +369,13 @@ for alias, parts in {
         raise AssertionError(alias)
 """,
         services,
+        driver=driver,
         PUFF_POSTGRES_POOL_MAX_SIZE="50",
     )
 
 
-def test_without_patch_all_it_says_where_to_put_the_line(services) -> None:
+@both_drivers
+def test_without_patch_all_it_says_where_to_put_the_line(driver: str, services) -> None:
     message = run(
         """
 setup({"default": database(ENGINE)})
@@ -352,14 +386,15 @@ except ImproperlyConfigured as error:
     report(str(error))
 """,
         services,
+        driver=driver,
         patched="from django_process import *\n",
     )
     assert "puff_patch.patch_all()" in message
     assert "first lines of manage.py and wsgi.py" in message
 
 
-@both_engines
-def test_an_unreachable_server_names_the_ways_out(engine: str, services) -> None:
+@two_setups
+def test_an_unreachable_server_names_the_ways_out(engine: str, driver: str, services) -> None:
     message = run(
         """
 setup({"default": database(ENGINE, HOST="127.0.0.1", PORT="1", NAME="nowhere", USER="me", PASSWORD="s3cret")})
@@ -371,8 +406,89 @@ except OperationalError as error:
 """,
         services,
         engine,
+        driver,
     )
     assert "127.0.0.1:1/nowhere" in message
     assert "s3cret" not in message
     for way_out in ("start a PostgreSQL server", "PUFF_DEFAULT_POSTGRES_URL", "PUFF_EMBEDDED=1"):
         assert way_out in message
+
+
+def test_djangos_own_pool_is_left_to_itself_and_cooperative(services) -> None:
+    """psycopg_pool, by OPTIONS["pool"] of Django's own engine: no pool of ours behind it."""
+    run(
+        """
+pool = {"min_size": 1, "max_size": 3, "timeout": 10}
+setup({"default": database(ENGINE, OPTIONS={"pool": pool, "application_name": TAG})}, TIME_ZONE="Asia/Tokyo")
+from django.db import connection, connections
+import psycopg
+server = Server(TAG)
+watcher = gevent.spawn(server.watch)
+moments = []
+def tick():
+    while True:
+        moments.append(time.monotonic())
+        gevent.sleep(0.005)
+def work():
+    try:
+        return ask("SELECT current_setting('TimeZone') FROM pg_sleep(0.1)")
+    finally:
+        connections.close_all()
+assert ask("SELECT 1") == 1
+assert type(connection.connection) is psycopg.Connection  # not a lease
+connection.close()
+ticker = gevent.spawn(tick)
+workers = [gevent.spawn(work) for _ in range(12)]
+gevent.joinall(workers, raise_error=True, timeout=30)
+assert [worker.value for worker in workers] == ["UTC"] * 12
+assert max(later - earlier for earlier, later in zip(moments, moments[1:])) < 0.1
+assert 1 < server.most <= 3, server.most
+assert puff_patch.stats() == {}
+connection.close_pool()
+""",
+        services,
+        ENGINES[0],
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_options_of_psycopg_3_hold_for_each_lease(engine: str, services) -> None:
+    run(
+        """
+import json, psycopg
+class Cursor(psycopg.ClientCursor):
+    pass
+setup({
+    "default": database(ENGINE),
+    "bound": database(ENGINE, OPTIONS={"server_side_binding": True, "prepare_threshold": 0}),
+    "mine": database(ENGINE, OPTIONS={"cursor_factory": Cursor}),
+    "role": database(ENGINE, OPTIONS={"assume_role": "pg_read_all_data", "isolation_level": 4}),
+}, TIME_ZONE="Asia/Tokyo")
+from django.db import connections, transaction
+def look(alias):
+    with connections[alias].cursor() as cursor:
+        cursor.execute("SELECT %s::int, '{\\"a\\": 1}'::jsonb, timestamptz '2020-01-01 12:00Z'", [7])
+        number, text, moment = cursor.fetchone()
+        # Django's adapters: it decodes JSON by itself, and moments are UTC
+        assert (number, json.loads(text), str(moment)) == (7, {"a": 1}, "2020-01-01 12:00:00+00:00")
+        prepared = ask("SELECT count(*) FROM pg_prepared_statements WHERE NOT from_sql", alias)
+        lease = connections[alias].connection
+        found = type(cursor.cursor).__mro__, ask("SELECT current_user", alias), prepared, lease.isolation_level
+    connections[alias].close()
+    return found
+for _ in range(2):
+    for alias in ("bound", "default", "mine", "role"):
+        mro, user, prepared, isolation = gevent.spawn(look, alias).get(timeout=10)
+        assert (psycopg.ClientCursor in mro) == (alias != "bound"), (alias, mro)
+        assert (Cursor in mro) == (alias == "mine")
+        assert (user == "pg_read_all_data") == (alias == "role")
+        assert (prepared > 0) == (alias == "bound"), (alias, prepared)
+        assert (isolation == psycopg.IsolationLevel.SERIALIZABLE) == (alias == "role")
+with transaction.atomic(), connections["default"].chunked_cursor() as cursor:
+    cursor.execute("SELECT generate_series(1, 3)")
+    assert [n for (n,) in cursor] == [1, 2, 3]
+connections["default"].close()
+""",
+        services,
+        engine,
+    )
