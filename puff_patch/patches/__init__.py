@@ -59,6 +59,17 @@ def patch_all(
     warn_of_captured([entry for patch in fresh for entry in patch.ledger.originals()], _FOUNDATIONS)
 
 
+def captured_originals() -> list[str]:
+    """What modules imported by now hold of all that is replaced, e.g. ``["mysite.jobs.sleep (was time.sleep)"]``.
+
+    The finding of `PatchedTooLateWarning`, at any time: also of modules that were imported after `patch_all` and
+    got an original from one that was imported before.
+    """
+    from puff_patch.patches.sockets import captured
+
+    return captured([entry for patch in PATCHES.values() for entry in patch.ledger.originals()], _FOUNDATIONS)
+
+
 def unpatch_all() -> None:
     """Put back every original and close the pools; does nothing where nothing is patched."""
     for patch in reversed(list(PATCHES.values())):

@@ -11,6 +11,8 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -68,7 +70,7 @@ class SocketsPatch(Patch):
         self.ledger.on_restore(restore_saved)
         self._remember_threads()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _lazy_objects_left_alone():
                 # `warn_of_captured` says it, too, and of all modules.
                 warnings.filterwarnings("ignore", "Monkey-patching ssl", gevent.monkey.MonkeyPatchWarning)
                 gevent.monkey.patch_all()
@@ -119,8 +121,29 @@ class PatchedTooLateWarning(RuntimeWarning):
     """A module imported before `patch_all` holds on to what was replaced."""
 
 
-def warn_of_captured(originals: list[tuple[Any, str, Any]], mine: frozenset[str]) -> None:
-    """Warn once of modules that hold an original under a name of their own.
+_HARMLESS_BASES = (None, "threading.Thread")
+
+
+@contextmanager
+def _lazy_objects_left_alone() -> Iterator[None]:
+    """gevent asks ``isinstance()`` of every object there is, which makes Django's settings, for one, load.
+
+    For an object of another type than it shows (``__class__``), the type itself is asked meanwhile.
+    """
+    module = importlib.import_module("gevent.monkey._patch_thread_common")
+    vars(module)["isinstance"] = lambda value, kinds: issubclass(type(value), kinds)
+    try:
+        yield
+    finally:
+        vars(module).pop("isinstance", None)
+
+
+def captured(originals: Iterable[tuple[Any, str, Any]], mine: frozenset[str]) -> list[str]:
+    """The modules imported by now that hold an original under a name of their own, with that name.
+
+    Found are the original itself (``from time import sleep``), a class derived from it (``class Local(local)``)
+    and an instance of it (``lock = Lock()``), of each module the first.  What the program itself has made before
+    it patched, it has made on purpose.
 
     Args:
         originals: what was replaced, as `Ledger.originals` gives it.
@@ -140,18 +163,35 @@ def warn_of_captured(originals: list[tuple[Any, str, Any]], mine: frozenset[str]
         if sys.modules.get(module.__name__) is module and module.__name__ != name:
             continue  # a second name of it, as requests.packages.urllib3
         for attribute, value in list(vars(module).items()):
-            if id(value) in wanted and not attribute.startswith("__"):
-                late.setdefault(name, f"{name}.{attribute} (was {wanted[id(value)]})")
-    if late:
-        shown = sorted(late.values())
-        more = f" and {len(shown) - 5} more modules" if len(shown) > 5 else ""
+            if attribute.startswith("__"):
+                continue
+            # type() and not isinstance(), which would load what is lazy.
+            derived = issubclass(type(value), type) and value.__module__ == name
+            made_of = [*(value.__bases__ if derived else ()), *(() if name == "__main__" else (type(value),))]
+            names = [wanted.get(id(part)) for part in made_of]
+            # A Thread of one's own runs on a greenlet all the same.
+            found = wanted.get(id(value)) or next((each for each in names if each not in _HARMLESS_BASES), None)
+            if found:
+                late.setdefault(name, f"{name}.{attribute} (was {found})")
+    return sorted(late.values())
+
+
+def warn_of_captured(originals: Iterable[tuple[Any, str, Any]], mine: frozenset[str]) -> None:
+    """Warn once of what `captured` finds; same arguments."""
+    if late := captured(originals, mine):
         warnings.warn(
             "puff_patch.patch_all() was called too late: these modules were imported before it and still use "
-            f"the blocking originals: {', '.join(shown[:5])}{more}. Make `import puff_patch; "
+            f"the blocking originals: {shortened(late)}. Make `import puff_patch; "
             "puff_patch.patch_all()` the first lines of the program (manage.py, wsgi.py).",
             PatchedTooLateWarning,
             stacklevel=3,
         )
+
+
+def shortened(late: list[str]) -> str:
+    """The first few of what `captured` found, for a message."""
+    more = f" and {len(late) - 5} more modules" if len(late) > 5 else ""
+    return f"{', '.join(late[:5])}{more}"
 
 
 PATCH = SocketsPatch()

@@ -129,6 +129,43 @@ def test_too_late_warns_once_and_names_module_and_attribute(tmp_path: Path) -> N
     assert "puff_patch.patch_all()` the first lines" in messages[0]
 
 
+def test_too_late_is_also_what_was_made_of_an_original(tmp_path: Path) -> None:
+    files = {
+        "base": "import threading\nclass Local(threading.local): pass\n",
+        "lock": "import threading\nlock = threading.Lock()\n",
+        "fine": "import threading\nclass Worker(threading.Thread): pass\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    [message] = run_python(
+        """
+        import warnings
+        import base, lock, fine
+        import puff_patch
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            puff_patch.patch_all()
+        report([str(item.message) for item in caught])
+        """,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert "base.Local (was " in message
+    assert "lock.lock (was _thread." in message
+    assert "fine" not in message
+
+
+def test_patching_late_leaves_what_is_lazy_alone() -> None:
+    run_python("""
+        import warnings
+        from django.conf import settings  # loads at the first question, and has nothing to load here
+        import puff_patch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", puff_patch.PatchedTooLateWarning)
+            puff_patch.patch_all()
+        assert not settings.configured
+    """)
+
+
 def test_too_late_for_requests_is_one_warning_not_also_gevents() -> None:
     messages = run_python("""
         import warnings, requests, redis

@@ -169,6 +169,13 @@ def test_clear_errors(arguments: list[str], env: dict[str, str], message: str) -
     assert message in fail(*arguments, **env)
 
 
+def test_debug_on_an_address_that_others_reach(debug_server: ServerProcess) -> None:
+    told = "DEBUG is on, and 192.0.2.1 is not a loopback address"
+    assert told in fail("192.0.2.1:0", PROJECT_DEBUG="1")
+    assert told not in fail("192.0.2.1:0")
+    assert "loopback" not in debug_server.output()
+
+
 @pytest.mark.services
 def test_embedded_services(start_server: StartServer, tmp_path: Path) -> None:
     engine: dict[str, Any] = {"ENGINE": "django_backend.postgresql"}

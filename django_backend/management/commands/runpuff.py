@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import sys
 from typing import Any
@@ -108,6 +109,11 @@ class Command(BaseCommand):
             self.stdout.write("Performing system checks...\n")
             self.check(display_num_errors=True)
         self._notice_migrations()
+        if settings.DEBUG and not _is_loopback(host):
+            self.stderr.write(
+                f"DEBUG is on, and {host} is not a loopback address: whoever reaches it is shown source code and "
+                "settings at every error. Set DEBUG = False in settings."
+            )
         self.stdout.write(
             f"Django version {self.get_version()}, using settings {settings.SETTINGS_MODULE!r}\n"
             "Quit the server with CONTROL-C."
@@ -168,6 +174,14 @@ def _address(addrport: str) -> tuple[str, int]:
     if int(port) > 65535:
         raise CommandError(f"{port} is not a valid port number: the highest one is 65535.")
     return (ipv6[1:-1] if ipv6 else host or "127.0.0.1"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _application(*, nostatic: bool, insecure: bool) -> Any:
