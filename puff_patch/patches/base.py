@@ -69,19 +69,24 @@ class Ledger:
         """
         # vars() and not getattr(): a class attribute may be a descriptor, or inherited.
         original = vars(owner).get(name, _MISSING)
-        self.record(owner, name, original)
-        if alias:
-            self._aliases.add((id(owner), name))
+        self.record(owner, name, original, alias=alias)
         setattr(owner, name, replacement)
         return None if original is _MISSING else original
 
-    def record(self, owner: Any, name: str, original: Any) -> None:
-        """Remember an original that something else has replaced."""
+    def record(self, owner: Any, name: str, original: Any, *, alias: bool = False) -> None:
+        """Remember an original that something else has replaced; see `replace`."""
         self._originals.setdefault((id(owner), name), (owner, name, original))
+        if alias:
+            self._aliases.add((id(owner), name))
 
     def forget(self, owner: Any, name: str) -> None:
         """Remember that ``owner.name`` did not exist and is to be removed again."""
         self.record(owner, name, _MISSING)
+
+    def original(self, owner: Any, name: str) -> Any:
+        """What ``owner.name`` will be after `restore`; what it is now if it was not replaced."""
+        key = (id(owner), name)
+        return self._originals[key][2] if key in self._originals else vars(owner)[name]
 
     def on_restore(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` at `restore`, for what is not an attribute."""

@@ -11,10 +11,13 @@ does ``AsyncConnection``, which is asyncio's and left alone.
 from __future__ import annotations
 
 import functools
+import selectors
+import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from puff_patch.patches import sockets
 from puff_patch.patches.base import Ledger, Patch
 
 
@@ -101,9 +104,15 @@ def make_cooperative(ledger: Ledger) -> None:
 
     from puff_patch.pools.psycopg_waits import wait, wait_conn
 
+    # What psycopg took from the standard library when it was imported, patched or not; unpatching gives it what
+    # the standard library has then.
+    native = sockets.PATCH.ledger.original
     for module in (_acompat, connection):
-        # If psycopg was imported before the standard library was patched, it holds the native one.
+        if module.Lock is threading.Lock:
+            ledger.record(module, "Lock", native(threading, "Lock"), alias=True)
         ledger.replace(module, "Lock", LockType, alias=True)
+    if vars(waiting)["DefaultSelector"] is selectors.DefaultSelector:
+        ledger.record(waiting, "DefaultSelector", native(selectors, "DefaultSelector"), alias=True)
     ledger.replace(waiting, "wait", wait)
     ledger.replace(waiting, "wait_conn", wait_conn)
     original_wait, original_cancel = Connection.wait, Connection.cancel

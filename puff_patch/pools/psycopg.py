@@ -119,6 +119,8 @@ class LeasedConnection(psycopg.Connection[Any]):
             # Not to be closed under those who wait in it: at the end of the socket they wake with an error.
             _hang_up(pgconn)
             session.pgconn = _closed_pgconn()
+        if reusable:
+            pgconn.untrace()
         self.pgconn = _closed_pgconn()
         lease.pool.checkin(lease.slot, session, reusable=reusable)
 

@@ -135,7 +135,8 @@ def display_name(parameters: Mapping[str, Any]) -> str:
 # What libpq takes from the environment if a DSN leaves it out, so that it is part of what a DSN means; and what
 # decides whether there is a pool (see `Config.pools_postgres`).
 _VARIABLES = (
-    *("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS"),
+    *("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS", "PGAPPNAME"),
+    *("PGCLIENTENCODING", "PGDATESTYLE", "PGTZ", "PGSSLMODE", "PGTARGETSESSIONATTRS"),
     *("PUFF_POSTGRES_POOL", "PUFF_POSTGRES_UNPOOLED"),
 )
 

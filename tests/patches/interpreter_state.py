@@ -42,6 +42,7 @@ STDLIB = [
 LIBRARIES = {
     "sockets": [],
     "psycopg2": ["psycopg2", "psycopg2.extensions", "psycopg2.pool", "psycopg2._psycopg"],
+    "psycopg": ["psycopg", "psycopg.waiting", "psycopg.connection", "psycopg._acompat", "psycopg.conninfo"],
     "redis": ["redis", "redis.client", "redis.connection"],
     "requests": ["requests", "requests.sessions", "requests.adapters", "requests.api"],
     "django": ["django.core.cache.backends.redis", "django.db.backends.postgresql.base"],

@@ -21,6 +21,29 @@ WAITS = {
             assert cursor.fetchone()[1] == 7
         connection.close()
     """,
+    "psycopg": """
+        import psycopg
+        assert psycopg.pq.__impl__ == os.environ.get("PSYCOPG_IMPL", "binary")
+        with psycopg.connect(os.environ["PUFF_DEFAULT_POSTGRES_URL"]) as connection:
+            assert connection.execute("SELECT pg_sleep(%s), 7", [PAUSE]).fetchone()[1] == 7
+    """,
+    "psycopg of its own": """
+        import psycopg
+        with psycopg.Connection.connect(os.environ["PUFF_DEFAULT_POSTGRES_URL"]) as connection:
+            assert connection.execute("SELECT pg_sleep(%s), 7", [PAUSE]).fetchone()[1] == 7
+    """,
+    "psycopg_pool": """
+        import psycopg_pool
+        with psycopg_pool.ConnectionPool(os.environ["PUFF_DEFAULT_POSTGRES_URL"], min_size=1) as pool:
+            with pool.connection() as connection:
+                assert connection.execute("SELECT pg_sleep(%s), 7", [PAUSE]).fetchone()[1] == 7
+                # full: the next waits for a place
+                try:
+                    pool.getconn(timeout=PAUSE)
+                except psycopg_pool.PoolTimeout:
+                    pass
+        assert puff_patch.stats() == {}
+    """,
     "redis": """
         import redis
         client = redis.Redis.from_url(os.environ["PUFF_DEFAULT_REDIS_URL"])

@@ -8,6 +8,8 @@ import pytest
 from support.process import run_python
 from support.servers import CountingHTTPServer
 
+from puff_patch.patches import PATCHES
+
 HERE = {"PYTHONPATH": str(Path(__file__).parent)}
 
 # For each patch: whether it is in force, as a user would notice.
@@ -29,6 +31,17 @@ def psycopg2():
         connection.close()
         del connection  # one that is still held is not leased again
     assert (len(pids) == 1) == (extensions.get_wait_callback() is not None), (pids, extensions.get_wait_callback())
+    return len(pids) == 1
+
+def psycopg():
+    import gevent, psycopg
+    ticks, pids = [], set()
+    gevent.spawn(ticks.append, 1)
+    for _ in range(2):
+        with psycopg.connect(os.environ["PUFF_DEFAULT_POSTGRES_URL"]) as connection:
+            pids.add(connection.execute("SELECT pg_backend_pid() FROM pg_sleep(0.01)").fetchone()[0])
+        connection.close()
+    assert (len(pids) == 1) == bool(ticks), (pids, ticks)
     return len(pids) == 1
 
 def redis():
@@ -66,7 +79,7 @@ def django():
 
 
 @pytest.mark.parametrize("imported", ["before", "after"])
-@pytest.mark.parametrize("name", ["sockets", "psycopg2", "redis", "requests", "django", "all"])
+@pytest.mark.parametrize("name", [*PATCHES, "all"])
 def test_import_patch_and_unpatch_in_any_order(
     name: str, imported: str, services, http_server: CountingHTTPServer
 ) -> None:
@@ -93,6 +106,7 @@ else:
     watched = state.STDLIB
 
 def in_force():
+    # Every patch must have a function of its name above, so that none is left out.
     return [name for name in NAMES if globals()[name]()]
 
 switches = {{name: name in NAMES for name in PATCHES}}

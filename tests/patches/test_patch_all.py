@@ -54,7 +54,7 @@ def test_switches_and_repetition() -> None:
 def test_an_unknown_patch_is_named_with_those_there_are() -> None:
     import puff_patch
 
-    with pytest.raises(ValueError, match=r"'psycopg3'.*sockets, psycopg2, redis, requests, django"):
+    with pytest.raises(ValueError, match=r"'psycopg3'.*sockets, psycopg2, psycopg, redis, requests, django"):
         puff_patch.is_patched("psycopg3")
 
 
@@ -68,7 +68,7 @@ def test_events_and_veto() -> None:
                 if isinstance(event, puff_patch.WillPatch) and event.name == "redis":
                     raise puff_patch.DoNotPatch
         zope.event.subscribers.append(listen)
-        puff_patch.patch_all(sockets=False, django=False, requests=False)
+        puff_patch.patch_all(sockets=False, psycopg=False, django=False, requests=False)
         assert seen == [
             ("WillPatch", "psycopg2", False), ("DidPatch", "psycopg2", True), ("WillPatch", "redis", False)
         ], seen
