@@ -36,6 +36,7 @@ _PATCH_FIRST = (
     "Put `import puff_patch; puff_patch.patch_all()` into the first lines of manage.py and wsgi.py, before every "
     "other import."
 )
+_SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
 # What says how many processes serve: ours, and that of gunicorn and of hosting platforms.
 _WORKERS = ("PUFF_WORKERS", "WEB_CONCURRENCY")
 # Seconds that a server has to say what it allows.
@@ -116,13 +117,17 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
     connection: Any = connections[alias]
     engine, options = connection.settings_dict["ENGINE"], connection.settings_dict["OPTIONS"]
     if engine.startswith(_POOLING_ENGINES):
-        yield _double_pool(alias, f"the engine {engine}")
+        yield Warning(
+            f"DATABASES[{alias!r}] is pooled twice: {engine} has a pool of its own on top of puff_patch's.",
+            hint=f'Write "ENGINE": "{_ENGINE}", and the sizes into its OPTIONS["pool"].',
+            id="puff.W003",
+        )
         return
     if connection.vendor != "postgresql":
         return
-    ours = _has_our_engine(alias)
-    if _uses_psycopg3() and not _is_patched("psycopg"):
-        if not options.get("pool"):
+    own_pool = options.get("pool") and not _has_our_engine(alias)
+    if _uses_psycopg3():
+        if not options.get("pool") and not _is_patched("psycopg"):
             yield Warning(
                 f"DATABASES[{alias!r}] is not pooled: psycopg 3 is installed, which Django prefers, and it is "
                 "psycopg2 that is pooled.",
@@ -130,45 +135,32 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
                 id="puff.W004",
             )
             return
-    elif options.get("pool") and not ours:
-        if _uses_psycopg3():
-            yield _double_pool(alias, f'OPTIONS["pool"] of the engine {engine}')
-        else:
-            yield Error(
-                f'DATABASES[{alias!r}]["OPTIONS"]["pool"]: the engine {engine} has it for psycopg 3 only, and '
-                "psycopg2 is what is used.",
-                hint=f'Write "ENGINE": "{_ENGINE}", whose option sizes puff_patch\'s pool, or leave it out.',
-                id="puff.E003",
-            )
-            return
-    elif ours:
-        from django_backend.postgresql.base import pool_options
-
+    elif own_pool:
+        yield Error(
+            f'DATABASES[{alias!r}]["OPTIONS"]["pool"]: the engine {engine} has it for psycopg 3 only, and '
+            "psycopg2 is what is used.",
+            hint=f'Write "ENGINE": "{_ENGINE}", whose option sizes puff_patch\'s pool, or leave it out.',
+            id="puff.E003",
+        )
+        return
+    if not _is_patched_for(alias):
+        return
+    if not own_pool:
         try:
-            pool_options(alias, options.get("pool", True))
+            connection.get_connection_params()
         except ImproperlyConfigured as error:
             yield Error(
-                f"{error}.",
-                hint=f"docs/postgresql.md has the options: {', '.join(_parameters(PoolOptions))}.",
+                f"DATABASES[{alias!r}] cannot be used: {str(error).rstrip('.')}.",
+                hint=f"docs/postgresql.md has the options of a pool: {', '.join(_parameters(PoolOptions))}.",
                 id="puff.E003",
             )
             return
-    elif not _is_patched_for(alias):
-        return
     if options.get("pool") is not False and connection.settings_dict["CONN_MAX_AGE"] != 0:
         yield Info(
             f'DATABASES[{alias!r}]["CONN_MAX_AGE"] has no effect: its connections are pooled.',
             hint='Leave it out. How long a pooled connection may live is OPTIONS["pool"]["max_lifetime"].',
             id="puff.I001",
         )
-
-
-def _double_pool(alias: str, what: str) -> CheckMessage:
-    return Warning(
-        f"DATABASES[{alias!r}] is pooled twice: {what} has a pool of its own on top of puff_patch's.",
-        hint=f'Write "ENGINE": "{_ENGINE}", and the sizes into its OPTIONS["pool"].',
-        id="puff.W003",
-    )
 
 
 def _check_cache_options(alias: str, entry: Mapping[str, Any]) -> Iterator[CheckMessage]:
@@ -365,24 +357,23 @@ def _distinct_pools(aliases: Iterable[str]) -> dict[str, int]:
 def _pool_size(alias: str) -> int | None:
     """How many connections the alias's pool may open in a process; None if it has no pool, or a wrong one."""
     connection: Any = connections[alias]
-    if connection.vendor != "postgresql":
+    if connection.vendor != "postgresql" or not _is_patched_for(alias):
         return None
-    pool = connection.settings_dict["OPTIONS"].get("pool")
-    if _uses_psycopg3() and not _is_patched("psycopg"):
-        if not pool:
-            return None
+    own_pool = connection.settings_dict["OPTIONS"].get("pool")
+    if own_pool and _uses_psycopg3() and not (_has_our_engine(alias) and _is_patched("psycopg")):
         # psycopg_pool: no max_size means min_size, which is 4.
-        own = pool if isinstance(pool, Mapping) else {}
+        own = own_pool if isinstance(own_pool, Mapping) else {}
         return int(own.get("max_size") or own.get("min_size", 4))
-    if not _is_patched_for(alias):
+    if _uses_psycopg3() and not _is_patched("psycopg"):
         return None
-    from django_backend.postgresql.base import pool_options
-
     try:
-        options = pool_options(alias, True if pool is None or not _has_our_engine(alias) else pool)
-    except ImproperlyConfigured:
-        return None
-    return options.max_size if options else None
+        pool = connection.get_connection_params().get("pool", True)
+        if pool is False:
+            return None
+        options = {name: value for name, value in pool.items() if name != "setup"} if pool is not True else {}
+        return current().postgres_pool.merged(options, where=f"DATABASES[{alias!r}]").max_size
+    except (ImproperlyConfigured, ConfigError):
+        return None  # told by `check_pools`
 
 
 def _check_redis_limits() -> Iterator[CheckMessage]:
@@ -525,11 +516,9 @@ def _on_localhost_by_default() -> Iterator[str]:
         if _has_our_engine(alias) and not config.embedded and alias.lower() not in config.postgres_urls:
             from psycopg2.extensions import parse_dsn
 
-            from django_backend.postgresql.base import SERVER_SETTINGS
-
             # The engine has filled in what it uses by now.
             own, default = connections[alias].settings_dict, parse_dsn(DEFAULT_POSTGRES_URL)
-            if all(str(own[setting]) == default[name] for name, setting in SERVER_SETTINGS.items()):
+            if all(str(own[setting]) == default[name] for name, setting in _SERVER_SETTINGS.items()):
                 yield alias
 
 

@@ -16,18 +16,17 @@ from django.db.backends.postgresql import base
 from django.db.backends.postgresql.psycopg_any import is_psycopg3
 
 import puff_patch
-from puff_patch.config import ConfigError, PoolOptions, current
+from puff_patch.config import ConfigError, current
 from puff_patch.patches.django import add_setup
 
-#: The setting of DATABASES for each parameter of libpq that says which server.
-SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
+_SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
     """Django's, with the server from puff_patch's configuration and leases from its pool."""
 
     def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
-        named = any(settings_dict.get(key) for key in SERVER_SETTINGS.values())
+        named = any(settings_dict.get(key) for key in _SERVER_SETTINGS.values())
         # Django's connection without a database, to create one, has the server of the one it was made from.
         if not named and not settings_dict["OPTIONS"].get("service") and alias != NO_DB_ALIAS:
             _use_configured_server(settings_dict, alias)
@@ -59,33 +58,19 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 'ENGINE "django_backend.postgresql" needs `import puff_patch; puff_patch.patch_all()` in the '
                 "first lines of manage.py and wsgi.py."
             )
-        if pool_options(self.alias, pool) is None:
-            params["pool"] = False
-        elif isinstance(pool, Mapping):
+        where = f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]'
+        if isinstance(pool, Mapping):
+            try:
+                current().postgres_pool.merged(pool, where=where)
+            except ConfigError as error:
+                raise ImproperlyConfigured(str(error)) from error
             params["pool"] = {**_setup_of(params), **pool}
+        elif pool is False:
+            params["pool"] = False
+        elif pool is not True:
+            raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
         add_setup(self, params)
         return params
-
-
-def pool_options(alias: str, pool: object) -> PoolOptions | None:
-    """What ``OPTIONS["pool"]`` of DATABASES means; None for connections of their own.
-
-    Args:
-        alias: of DATABASES.
-        pool: the option: a mapping of pool options, True or False.
-
-    Raises:
-        ImproperlyConfigured: it is wrong.
-    """
-    where = f'DATABASES[{alias!r}]["OPTIONS"]["pool"]'
-    if isinstance(pool, Mapping):
-        try:
-            return current().postgres_pool.merged(pool, where=where)
-        except ConfigError as error:
-            raise ImproperlyConfigured(str(error)) from error
-    if pool is True or pool is False:
-        return current().postgres_pool if pool else None
-    raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
 
 
 def _setup_of(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +83,6 @@ def _use_configured_server(settings_dict: dict[str, Any], alias: str) -> None:
     from psycopg2.extensions import parse_dsn
 
     parameters = parse_dsn(current().postgres_url(alias))
-    for parameter, setting in SERVER_SETTINGS.items():
+    for parameter, setting in _SERVER_SETTINGS.items():
         settings_dict[setting] = parameters.pop(parameter, "")
     settings_dict["OPTIONS"] = {**parameters, **settings_dict["OPTIONS"]}
