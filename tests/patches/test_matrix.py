@@ -62,11 +62,22 @@ def django():
     finally:
         for cache in (one, other):
             cache._cache.get_client().connection_pool.disconnect()
+
+def sqlalchemy():
+    import types
+    from puff_patch.patches import PATCHES
+    from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
+    asks = types.SimpleNamespace(paramstyle="pyformat", __version__="2.9.10", connect=lambda **options: options)
+    PATCHES["psycopg2"].is_patched = lambda: True
+    try:
+        return PGDialect_psycopg2(dbapi=asks).connect() == {"pool": False}
+    finally:
+        del PATCHES["psycopg2"].is_patched
 """
 
 
 @pytest.mark.parametrize("imported", ["before", "after"])
-@pytest.mark.parametrize("name", ["sockets", "psycopg2", "redis", "requests", "django", "all"])
+@pytest.mark.parametrize("name", ["sockets", "psycopg2", "redis", "requests", "django", "sqlalchemy", "all"])
 def test_import_patch_and_unpatch_in_any_order(
     name: str, imported: str, services, http_server: CountingHTTPServer
 ) -> None:
