@@ -117,34 +117,33 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
     connection: Any = connections[alias]
     engine, options = connection.settings_dict["ENGINE"], connection.settings_dict["OPTIONS"]
     if engine.startswith(_POOLING_ENGINES):
-        yield _double_pool(alias, f"the engine {engine}")
+        yield Warning(
+            f"DATABASES[{alias!r}] is pooled twice: {engine} has a pool of its own on top of puff_patch's.",
+            hint=f'Write "ENGINE": "{_ENGINE}", and the sizes into its OPTIONS["pool"].',
+            id="puff.W003",
+        )
         return
     if connection.vendor != "postgresql":
         return
-    ours = _has_our_engine(alias)
-    if options.get("pool") and not ours:
-        # With psycopg 3 it is Django's own pool, over connections that ours has nothing to do with.
-        if not _uses_psycopg3():
-            yield Error(
-                f'DATABASES[{alias!r}]["OPTIONS"]["pool"]: the engine {engine} has it for psycopg 3 only, and '
-                "psycopg2 is what is used.",
-                hint=f'Write "ENGINE": "{_ENGINE}", whose option sizes puff_patch\'s pool, or leave it out.',
-                id="puff.E003",
-            )
+    own_pool = options.get("pool") and not _has_our_engine(alias)
+    if own_pool and not _uses_psycopg3():
+        yield Error(
+            f'DATABASES[{alias!r}]["OPTIONS"]["pool"]: the engine {engine} has it for psycopg 3 only, and '
+            "psycopg2 is what is used.",
+            hint=f'Write "ENGINE": "{_ENGINE}", whose option sizes puff_patch\'s pool, or leave it out.',
+            id="puff.E003",
+        )
         return
-    if ours:
-        from django_backend.postgresql.base import pool_options
-
-        try:
-            pool_options(alias, options.get("pool", True))
-        except ImproperlyConfigured as error:
-            yield Error(
-                f"{error}.",
-                hint=f"docs/postgresql.md has the options: {', '.join(_parameters(PoolOptions))}.",
-                id="puff.E003",
-            )
-            return
-    elif not driver().is_patched():
+    if own_pool or not driver().is_patched():
+        return
+    try:
+        connection.get_connection_params()
+    except ImproperlyConfigured as error:
+        yield Error(
+            f"DATABASES[{alias!r}] cannot be used: {str(error).rstrip('.')}.",
+            hint=f"docs/postgresql.md has the options of a pool: {', '.join(_parameters(PoolOptions))}.",
+            id="puff.E003",
+        )
         return
     if options.get("pool") is not False and connection.settings_dict["CONN_MAX_AGE"] != 0:
         yield Info(
@@ -152,14 +151,6 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
             hint='Leave it out. How long a pooled connection may live is OPTIONS["pool"]["max_lifetime"].',
             id="puff.I001",
         )
-
-
-def _double_pool(alias: str, what: str) -> CheckMessage:
-    return Warning(
-        f"DATABASES[{alias!r}] is pooled twice: {what} has a pool of its own on top of puff_patch's.",
-        hint=f'Write "ENGINE": "{_ENGINE}", and the sizes into its OPTIONS["pool"].',
-        id="puff.W003",
-    )
 
 
 def _check_cache_options(alias: str, entry: Mapping[str, Any]) -> Iterator[CheckMessage]:
@@ -356,22 +347,21 @@ def _distinct_pools(aliases: Iterable[str]) -> dict[str, int]:
 def _pool_size(alias: str) -> int | None:
     """How many connections the alias's pool may open in a process; None if it has no pool, or a wrong one."""
     connection: Any = connections[alias]
-    if connection.vendor != "postgresql":
+    if connection.vendor != "postgresql" or not driver().is_patched():
         return None
-    pool = connection.settings_dict["OPTIONS"].get("pool")
-    if _uses_psycopg3() and pool and not _has_our_engine(alias):
+    own_pool = connection.settings_dict["OPTIONS"].get("pool")
+    if own_pool and _uses_psycopg3() and not _has_our_engine(alias):
         # psycopg_pool: no max_size means min_size, which is 4.
-        own = pool if isinstance(pool, Mapping) else {}
+        own = own_pool if isinstance(own_pool, Mapping) else {}
         return int(own.get("max_size") or own.get("min_size", 4))
-    if not driver().is_patched():
-        return None
-    from django_backend.postgresql.base import pool_options
-
     try:
-        options = pool_options(alias, True if pool is None or not _has_our_engine(alias) else pool)
-    except ImproperlyConfigured:
-        return None
-    return options.max_size if options else None
+        pool = connection.get_connection_params().get("pool", True)
+        if pool is False:
+            return None
+        options = {name: value for name, value in pool.items() if name != "setup"} if pool is not True else {}
+        return current().postgres_pool.merged(options, where=f"DATABASES[{alias!r}]").max_size
+    except (ImproperlyConfigured, ConfigError):
+        return None  # told by `check_pools`
 
 
 def _check_redis_limits() -> Iterator[CheckMessage]:

@@ -14,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.backends.postgresql import base
 
-from puff_patch.config import ConfigError, PoolOptions, current
+from puff_patch.config import ConfigError, current
 from puff_patch.patches.django import add_setup, driver
 
 # What psycopg_pool takes and Django passes on to it, and our pool has no use for.
@@ -62,38 +62,24 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 'ENGINE "django_backend.postgresql" needs `import puff_patch; puff_patch.patch_all()` in the '
                 "first lines of manage.py and wsgi.py."
             )
-        if pool_options(self.alias, pool) is None:
-            params["pool"] = False
-        elif isinstance(pool, Mapping):
+        where = f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]'
+        if isinstance(pool, Mapping):
+            if strange := sorted(_OF_PSYCOPG_POOL.intersection(pool)):
+                raise ImproperlyConfigured(
+                    f"{where}: {', '.join(map(repr, strange))} means something to psycopg_pool only, and this "
+                    f'pool is puff_patch\'s: leave it out, or use ENGINE "django.db.backends.postgresql"'
+                )
+            try:
+                current().postgres_pool.merged(pool, where=where)
+            except ConfigError as error:
+                raise ImproperlyConfigured(str(error)) from error
             params["pool"] = {**_setup_of(params), **pool}
+        elif pool is False:
+            params["pool"] = False
+        elif pool is not True:
+            raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
         add_setup(self, params)
         return params
-
-
-def pool_options(alias: str, pool: object) -> PoolOptions | None:
-    """What ``OPTIONS["pool"]`` of DATABASES means; None for connections of their own.
-
-    Args:
-        alias: of DATABASES.
-        pool: the option: a mapping of pool options, True or False.
-
-    Raises:
-        ImproperlyConfigured: it is wrong.
-    """
-    where = f'DATABASES[{alias!r}]["OPTIONS"]["pool"]'
-    if isinstance(pool, Mapping):
-        if strange := sorted(_OF_PSYCOPG_POOL.intersection(pool)):
-            raise ImproperlyConfigured(
-                f"{where}: {', '.join(map(repr, strange))} means something to psycopg_pool only, and this "
-                f'pool is puff_patch\'s: leave it out, or use ENGINE "django.db.backends.postgresql"'
-            )
-        try:
-            return current().postgres_pool.merged(pool, where=where)
-        except ConfigError as error:
-            raise ImproperlyConfigured(str(error)) from error
-    if pool is True or pool is False:
-        return current().postgres_pool if pool else None
-    raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
 
 
 def _setup_of(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from puff_patch.patches import django, psycopg, psycopg2, redis, requests, sockets
+from puff_patch.patches import django, psycopg, psycopg2, redis, requests, sockets, sqlalchemy
 from puff_patch.patches.base import Patch
 
 #: In the order in which they are applied; the standard library comes first.
 PATCHES: dict[str, Patch] = {
-    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, psycopg, redis, requests, django)
+    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, psycopg, redis, requests, django, sqlalchemy)
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
@@ -22,6 +22,7 @@ def patch_all(
     redis: bool = True,
     requests: bool = True,
     django: bool = True,
+    sqlalchemy: bool = True,
 ) -> None:
     """Make this process cooperative and pooled.  Call it once, in the first lines of the program.
 
@@ -35,6 +36,7 @@ def patch_all(
         redis: clients of redis-py wait for a connection when their pool is full.
         requests: sessions share their connections.
         django: Django's own PostgreSQL and Redis backends share what they otherwise build per greenlet.
+        sqlalchemy: SQLAlchemy's own pool is the only one of its engines.
 
     Raises:
         puff_patch.patches.base.UnsupportedVersion: an installed library is too old.
@@ -51,6 +53,7 @@ def patch_all(
         "redis": redis,
         "requests": requests,
         "django": django,
+        "sqlalchemy": sqlalchemy,
     }
     fresh = []
     for name, patch in PATCHES.items():

@@ -75,6 +75,17 @@ def django():
     finally:
         for cache in (one, other):
             cache._cache.get_client().connection_pool.disconnect()
+
+def sqlalchemy():
+    import types
+    from puff_patch.patches import PATCHES
+    from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
+    asks = types.SimpleNamespace(paramstyle="pyformat", __version__="2.9.10", connect=lambda **options: options)
+    PATCHES["psycopg2"].is_patched = lambda: True
+    try:
+        return PGDialect_psycopg2(dbapi=asks).connect() == {"pool": False}
+    finally:
+        del PATCHES["psycopg2"].is_patched
 """
 
 
