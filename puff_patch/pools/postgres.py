@@ -251,6 +251,7 @@ class PostgresPool(Pool[LeasedConnection]):
     PoolTimeout = PoolTimeout
     TooManyRequests = TooManyRequests
     PoolClosed = PoolClosed
+    kind = "postgres"
     how_to_grow: ClassVar[str] = (
         'raise max_size (PUFF_POSTGRES_POOL_MAX_SIZE, or OPTIONS["pool"] in DATABASES) within what '
         "the server's max_connections allows for all processes"
