@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 DEFAULT_POSTGRES_URL = "postgres://postgres:password@localhost:5432/postgres"
 DEFAULT_REDIS_URL = "redis://localhost:6379"
+# Much longer than a page's own Python takes, much shorter than a client's patience.
+BLOCKED_HUB_MS = 250.0
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -105,6 +107,11 @@ class Config:
         postgres_pool: defaults for every PostgreSQL pool.
         redis_pool: defaults for every Redis pool.
         http_pool: defaults for the connections to one host that `requests` shares.
+        slow_checkout_ms: milliseconds in the queue of a pool after which a warning tells who holds its
+            connections; 0 for never.
+        blocked_hub_ms: milliseconds a greenlet may hold the hub before a warning tells which; 0 for never, None
+            for `BLOCKED_HUB_MS` while serving and never elsewhere.
+        metrics_token: what a client sends to read the metrics over HTTP; empty shows them to nobody.
     """
 
     embedded: bool = False
@@ -116,6 +123,9 @@ class Config:
     postgres_pool: PoolOptions = PoolOptions()
     redis_pool: PoolOptions = PoolOptions(max_size=50)
     http_pool: PoolOptions = PoolOptions(max_size=100)
+    slow_checkout_ms: float = 1000.0
+    blocked_hub_ms: float | None = None
+    metrics_token: str = field(default="", repr=False)
 
     def postgres_url(self, name: str = "default") -> str:
         """The URL of the PostgreSQL service ``name``; may start the embedded one.
@@ -190,6 +200,9 @@ class Config:
             postgres_pool=pool("POSTGRES", defaults.postgres_pool),
             redis_pool=pool("REDIS", defaults.redis_pool),
             http_pool=pool("HTTP", defaults.http_pool),
+            slow_checkout_ms=_milliseconds(environ, "PUFF_SLOW_CHECKOUT_MS", defaults.slow_checkout_ms),
+            blocked_hub_ms=_milliseconds(environ, "PUFF_BLOCKED_HUB_MS", defaults.blocked_hub_ms),
+            metrics_token=environ.get("PUFF_METRICS_TOKEN", ""),
         )
 
 
@@ -213,6 +226,22 @@ def _patterns(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
                 f"'*/reporting', separated by commas, got {pattern!r}"
             )
     return found
+
+
+_M = TypeVar("_M", float, "float | None")
+
+
+def _milliseconds(environ: Mapping[str, str], name: str, default: _M) -> float | _M:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{name} takes a number of milliseconds, 0 for never, got {environ[name]!r}")
+    return value
 
 
 def current() -> Config:

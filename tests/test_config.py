@@ -134,3 +134,16 @@ def test_merged_options_keep_what_is_not_named() -> None:
     for wrong in ({"max_sizes": 1}, {"max_size": 0}, {"timeout": None}):
         with pytest.raises(ConfigError, match=f"^here: .*{next(iter(wrong))}"):
             base.merged(wrong, where="here")
+
+
+def test_thresholds_of_the_warnings() -> None:
+    assert (Config.from_env({}).slow_checkout_ms, Config.from_env({}).blocked_hub_ms) == (1000, None)
+    config = Config.from_env({"PUFF_SLOW_CHECKOUT_MS": "0", "PUFF_BLOCKED_HUB_MS": "12.5"})
+    assert (config.slow_checkout_ms, config.blocked_hub_ms) == (0, 12.5)
+    for wrong in ("-1", "nan", "inf", "soon"):
+        with pytest.raises(ConfigError, match=f"PUFF_BLOCKED_HUB_MS takes a number of milliseconds.*{wrong}"):
+            Config.from_env({"PUFF_BLOCKED_HUB_MS": wrong})
+
+
+def test_the_token_is_not_shown() -> None:
+    assert "hush" not in repr(Config.from_env({"PUFF_METRICS_TOKEN": "hush"}))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+from puff_patch.config import current
 from puff_patch.patches import django, psycopg, psycopg2, redis, requests, sockets, sqlalchemy
 from puff_patch.patches.base import Patch
 
@@ -27,7 +30,8 @@ def patch_all(
     """Make this process cooperative and pooled.  Call it once, in the first lines of the program.
 
     A library that is not installed is no error; one that is not imported yet is patched when it is.  Calling
-    again adds what was left out before and takes nothing back.
+    again adds what was left out before and takes nothing back.  With ``PUFF_BLOCKED_HUB_MS`` in the environment
+    the hub is watched from now on, see `puff_patch.watch_hub`.
 
     Args:
         sockets: the standard library (sockets, threads, time, subprocesses, ...), by gevent.
@@ -40,6 +44,7 @@ def patch_all(
 
     Raises:
         puff_patch.patches.base.UnsupportedVersion: an installed library is too old.
+        puff_patch.config.ConfigError: an environment variable has a value that cannot be used.
 
     Warns:
         PatchedTooLateWarning: modules imported earlier hold on to originals; names them.
@@ -60,6 +65,11 @@ def patch_all(
         if switches[name] and not patch.is_patched() and patch.patch():
             fresh.append(patch)
     warn_of_captured([entry for patch in fresh for entry in patch.ledger.originals()], _FOUNDATIONS)
+    if PATCHES["sockets"].is_patched() and current().blocked_hub_ms:
+        from puff_patch.runtime.watch import is_watched, watch_hub
+
+        if not is_watched():
+            watch_hub()
 
 
 def captured_originals() -> list[str]:
@@ -74,7 +84,10 @@ def captured_originals() -> list[str]:
 
 
 def unpatch_all() -> None:
-    """Put back every original and close the pools; does nothing where nothing is patched."""
+    """Put back every original, close the pools and end the watch over the hub; where there is none, nothing."""
+    watch = sys.modules.get("puff_patch.runtime.watch")
+    if watch is not None:
+        watch.unwatch_hub()
     for patch in reversed(list(PATCHES.values())):
         patch.unpatch()
 

@@ -30,13 +30,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
 import gevent
 from gevent.event import Event
 from gevent.monkey import get_original
+from greenlet import getcurrent, greenlet
 
-from puff_patch.config import PoolOptions
+from puff_patch.config import PoolOptions, current
+from puff_patch.pools.holders import describe_holders
 from puff_patch.runtime.mailbox import Mailbox
 
 C = TypeVar("C")
@@ -44,6 +47,8 @@ C = TypeVar("C")
 logger = logging.getLogger("puff_patch.pools")
 
 _allocate_lock: Callable[[], Any] = get_original("_thread", "RLock")
+# Seconds between two warnings of a pool about slow checkouts.
+_SLOW_AT_MOST_EVERY = 60.0
 # Seconds between attempts to bring a pool back to min_size: doubled from the first to the second, jittered.
 _REFILL_FIRST, _REFILL_MOST = 0.5, 30.0
 
@@ -71,7 +76,16 @@ class Discard(Exception):
 class Slot(Generic[C]):
     """The right to one open connection, and the connection once there is one."""
 
-    __slots__ = ("connection", "dirty", "epoch", "expires_at", "generation", "leased_at", "returned_at")
+    __slots__ = (
+        "connection",
+        "dirty",
+        "epoch",
+        "expires_at",
+        "generation",
+        "holder",
+        "leased_at",
+        "returned_at",
+    )
 
     def __init__(self, generation: int) -> None:
         self.connection: C | None = None
@@ -79,6 +93,7 @@ class Slot(Generic[C]):
         self.dirty = False
         self.epoch = 0
         self.expires_at = 0.0
+        self.holder: weakref.ref[greenlet] | None = None  # who took it last
         self.leased_at = 0.0
         self.returned_at = 0.0
 
@@ -117,29 +132,35 @@ class Pool(Generic[C]):
     PoolTimeout: ClassVar[type[PoolTimeout]] = PoolTimeout
     TooManyRequests: ClassVar[type[TooManyRequests]] = TooManyRequests
     PoolClosed: ClassVar[type[PoolClosed]] = PoolClosed
+    #: What is pooled, for whoever sums statistics up.
+    kind: ClassVar[str] = "other"
     #: How a user raises max_size, for the message of `PoolTimeout`.
     how_to_grow: ClassVar[str] = "raise max_size"
 
     def __init__(self, name: str, options: PoolOptions) -> None:
-        self.name = _unique(name)
         self.options = options
+        self._slow_after = current().slow_checkout_ms / 1000
         self._closed = False
         self._generation = 0  # one more in every forked child
         self._epoch = 0  # one more at every drain()
         self._start()
-        _register(self)
+        self.name = _register(self, name)
 
     def _start(self) -> None:
         self._lock = _allocate_lock()
         self._clean: list[Slot[C]] = []  # ready to be handed out; the last returned goes first
         self._dirty: deque[Slot[C]] = deque()  # returned, to be reset
         self._requests: deque[_Request[C]] = deque()
+        self._leased: set[Slot[C]] = set()  # never looked into under the lock, only for diagnosis
         self._size = 0
         self._home: Mailbox | None = None  # where background work runs, and the only user of the next three
         self._janitors = 0
         self._refilling = False
         self._pruner: Any = None
+        # `counters[key] += a local` is atomic under the GIL: no call, no jump back between load and store.
         self._counters = dict.fromkeys(_COUNTERS, 0.0)
+        self._slow_told_at = float("-inf")
+        self._slow_untold = 0
 
     # What a driver provides
 
@@ -196,6 +217,8 @@ class Pool(Generic[C]):
                 self._counters["requests_errors"] += 1
             raise
         slot.leased_at = time.monotonic()
+        slot.holder = weakref.ref(getcurrent())
+        self._leased.add(slot)
         return slot
 
     def checkin(self, slot: Slot[C], connection: C, *, reusable: bool = True) -> None:
@@ -210,7 +233,7 @@ class Pool(Generic[C]):
         if slot.generation != self._generation:
             return  # leased before a fork, returned after it: the child has no share in it
         slot.connection = connection
-        self._counters["usage_ms"] += (now - slot.leased_at) * 1000
+        self._end_lease(slot, now)
         if not reusable:
             self._counters["returns_bad"] += 1
         if not reusable or self._closed or slot.epoch != self._epoch or now >= slot.expires_at:
@@ -226,11 +249,16 @@ class Pool(Generic[C]):
         Safe in a finalizer: never switches.
         """
         slot.connection = None
+        if slot.generation == self._generation:
+            self._end_lease(slot, time.monotonic())
         self._give_back(slot)
 
+    def _end_lease(self, slot: Slot[C], now: float) -> None:
+        self._leased.discard(slot)
+        self._counters["usage_ms"] += (now - slot.leased_at) * 1000
+
     def _take(self, timeout: float, started: float) -> Slot[C]:
-        counters = self._counters
-        counters["requests_num"] += 1
+        self._counters["requests_num"] += 1
         request: _Request[C] | None = None
         while True:
             with self._lock:
@@ -238,7 +266,7 @@ class Pool(Generic[C]):
                 if slot is not None:
                     return slot
                 if self.options.max_waiting and len(self._requests) >= self.options.max_waiting:
-                    counters["requests_errors"] += 1
+                    self._counters["requests_errors"] += 1
                     raise self.TooManyRequests(
                         f"the pool {self.name} has {len(self._requests)} requests waiting already "
                         f"(max_waiting={self.options.max_waiting})"
@@ -248,20 +276,17 @@ class Pool(Generic[C]):
                     break
             # Made without the lock, for it is much to allocate; then look again.
             request = _Request()
-        counters["requests_queued"] += 1
+        self._counters["requests_queued"] += 1
         try:
-            # Half of the patience first: then see whether leases lie in garbage that nobody has collected.
-            request.wait(max(0.0, timeout / 2))
-            if request.slot is None and request.error is None:
-                _collect_garbage()
-                request.wait(max(0.0, timeout - (time.monotonic() - started)))
+            self._wait(request, timeout, started)
         except BaseException:
             self._withdraw(request)
             if request.slot is not None:
                 self._give_back(request.slot)
             raise
         self._withdraw(request)
-        self._counters["requests_wait_ms"] += (time.monotonic() - started) * 1000
+        now = time.monotonic()
+        self._counters["requests_wait_ms"] += (now - started) * 1000
         if request.slot is not None:
             return request.slot
         self._counters["requests_errors"] += 1
@@ -270,7 +295,41 @@ class Pool(Generic[C]):
         raise self.PoolTimeout(
             f"no connection of the pool {self.name} came free within {timeout:g} s: all "
             f"{self.options.max_size} (max_size) are in use and {len(self._requests)} other requests wait. "
-            f"Hold connections for less long, or {self.how_to_grow}"
+            f"Hold connections for less long, or {self.how_to_grow}."
+            f"{describe_holders(self._leased, now, most=1)}"
+        )
+
+    def _wait(self, request: _Request[C], timeout: float, started: float) -> None:
+        """Wait until the request is served or the time is over; try and tell what can be on the way."""
+        # After half of the patience see whether leases lie in garbage that nobody has collected.
+        steps: list[tuple[float, Callable[[], object]]] = [(timeout / 2, _collect_garbage)]
+        if 0 < self._slow_after < timeout:
+            steps.append((self._slow_after, lambda: self._warn_of_slow_checkout(started)))
+        for at, act in sorted(steps, key=itemgetter(0)):
+            request.wait(max(0.0, started + at - time.monotonic()))
+            if request.slot is not None or request.error is not None:
+                return
+            act()
+        request.wait(max(0.0, started + timeout - time.monotonic()))
+
+    def _warn_of_slow_checkout(self, started: float) -> None:
+        now = time.monotonic()
+        if now - self._slow_told_at < _SLOW_AT_MOST_EVERY:
+            self._slow_untold += 1
+            return
+        self._slow_told_at = now
+        untold, self._slow_untold = self._slow_untold, 0
+        more = f"  {untold} more waited as long since the last such warning." if untold else ""
+        logger.warning(
+            "pool %s: a checkout waits for %.1f s already: %d of max_size=%d connections are in use, %d requests "
+            "wait.%s%s",
+            self.name,
+            now - started,
+            len(self._leased),
+            self.options.max_size,
+            len(self._requests),
+            more,
+            describe_holders(self._leased, now),
         )
 
     def _take_at_once(self) -> Slot[C] | None:
@@ -518,7 +577,7 @@ class Pool(Generic[C]):
                 request = self._requests.popleft()
                 request.error = self.PoolClosed(f"the pool {self.name} was closed while this request waited")
                 request.wake()
-        _pools.discard(self)
+        _forget(self)
 
     def drain(self) -> None:
         """Close idle connections now and leased ones at their return; new ones take their place."""
@@ -547,6 +606,15 @@ class Pool(Generic[C]):
             "requests_waiting": len(self._requests),
             **{key: int(value) for key, value in self._counters.items()},
         }
+
+    def pop_stats(self) -> dict[str, int]:
+        """As `get_stats`; the counters start anew from zero."""
+        stats = self.get_stats()
+        for key in _COUNTERS:
+            taken = stats[key]
+            # Taken off, not set to zero: another thread may have counted in the meantime.
+            self._counters[key] -= taken
+        return stats
 
     def _after_fork_in_child(self) -> None:
         inherited = [*self._clean, *self._dirty]
@@ -594,33 +662,41 @@ def _collect_garbage() -> None:
         gc.collect()
 
 
-_pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
+# By name.  Not a WeakSet: that one cannot be iterated over while another thread adds to it.
+_pools: weakref.WeakValueDictionary[str, Pool[Any]] = weakref.WeakValueDictionary()
+_pools_lock = _allocate_lock()
 _fork_hook_installed = False
 
 
-def _unique(name: str) -> str:
-    """Two pools of one server (their options differ) are told apart by a number."""
-    taken = {pool.name for pool in _pools}
-    number, candidate = 1, name
-    while candidate in taken:
-        number += 1
-        candidate = f"{name} ({number})"
-    return candidate
-
-
-def _register(pool: Pool[Any]) -> None:
+def _register(pool: Pool[Any], name: str) -> str:
+    """Add an open pool under its name, which is returned: two pools of one server are told apart by a number."""
     global _fork_hook_installed
-    if not _fork_hook_installed:
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-        _fork_hook_installed = True
-    _pools.add(pool)
+    with _pools_lock:
+        if not _fork_hook_installed:
+            os.register_at_fork(after_in_child=_after_fork_in_child)
+            _fork_hook_installed = True
+        number, candidate = 1, name
+        while candidate in _pools:
+            number += 1
+            candidate = f"{name} ({number})"
+        _pools[candidate] = pool
+        return candidate
+
+
+def _forget(pool: Pool[Any]) -> None:
+    with _pools_lock:
+        if _pools.get(pool.name) is pool:
+            del _pools[pool.name]
 
 
 def _after_fork_in_child() -> None:
-    for pool in list(_pools):
+    global _pools_lock
+    _pools_lock = _allocate_lock()  # another thread of the parent may have held it
+    for pool in all_pools():
         pool._after_fork_in_child()
 
 
 def all_pools() -> list[Pool[Any]]:
-    """The open pools of this process."""
-    return sorted(_pools, key=lambda pool: pool.name)
+    """The open pools of this process, by name."""
+    found = [pool for reference in _pools.valuerefs() if (pool := reference()) is not None]
+    return sorted(found, key=lambda pool: pool.name)

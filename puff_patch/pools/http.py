@@ -18,9 +18,9 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.exceptions import EmptyPoolError
 
-from puff_patch.config import current
+from puff_patch.config import PoolOptions, current
 from puff_patch.pools import base
-from puff_patch.pools.base import Pool
+from puff_patch.pools.base import Pool, Slot
 
 # Hosts whose connections are kept; beyond it the least recently used host's are closed.
 _MAX_HOSTS = 256
@@ -37,13 +37,28 @@ class TooManyRequests(base.TooManyRequests, requests.exceptions.ConnectionError)
 class _Places(Pool[object]):
     """How many connections to one host there may be; the connections themselves urllib3 keeps."""
 
+    kind = "http"
     how_to_grow: ClassVar[str] = (
         "read or close responses sooner (stream=True keeps a connection until then), "
         "or raise PUFF_HTTP_POOL_MAX_SIZE"
     )
 
-    def _connect(self) -> object:
-        return object()
+    def __init__(self, name: str, options: PoolOptions, idle: Callable[[], int]) -> None:
+        self._idle = idle
+        super().__init__(name, options)
+
+    def _open(self, slot: Slot[object]) -> None:
+        slot.connection = object()
+        slot.epoch, slot.expires_at, slot.dirty = self._epoch, float("inf"), False
+
+    def count_connection(self) -> None:
+        """Note that urllib3 has made a connection."""
+        self._counters["connections_num"] += 1
+
+    def get_stats(self) -> dict[str, int]:
+        """Counters and gauges under psycopg_pool's keys, those of the connections that urllib3 keeps."""
+        stats, idle = super().get_stats(), self._idle()
+        return {**stats, "pool_size": stats["pool_size"] + idle, "pool_available": idle}
 
     def _check(self, connection: object) -> bool:
         return True
@@ -65,7 +80,8 @@ class _Bounded:
     def __init__(self, host: str, port: int | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(host, port, *args, **kwargs)  # type: ignore[call-arg]
         scheme: str = self.scheme  # type: ignore[attr-defined]
-        self._places = _Places(f"{scheme}://{host}:{port}", replace(current().http_pool, min_size=0))
+        options = replace(current().http_pool, min_size=0)
+        self._places = _Places(f"{scheme}://{host}:{port}", options, _idle_connections(weakref.ref(self)))
         self._mine = local()
 
     def _get_conn(self, timeout: float | None = None) -> Any:
@@ -83,6 +99,11 @@ class _Bounded:
         connection._puff_leave = self._mine.leave = weakref.finalize(connection, self._places.reclaim, slot)
         return connection
 
+    def _new_conn(self) -> Any:
+        connection = super()._new_conn()  # type: ignore[misc]
+        self._places.count_connection()
+        return connection
+
     def _put_conn(self, connection: Any) -> None:
         if connection is None:  # closed after an error
             leave, self._mine.leave = self._mine.leave, None
@@ -91,6 +112,14 @@ class _Bounded:
             super()._put_conn(connection)  # type: ignore[misc]
         if leave is not None:
             leave()
+
+
+def _idle_connections(reference: weakref.ref[Any]) -> Callable[[], int]:
+    def count() -> int:
+        queue = getattr(reference(), "pool", None)  # None once it is closed
+        return 0 if queue is None else sum(getattr(each, "sock", None) is not None for each in list(queue.queue))
+
+    return count
 
 
 class _BoundedHTTPConnectionPool(_Bounded, HTTPConnectionPool):

@@ -36,6 +36,7 @@ class _Connections(Pool[Any]):
     PoolTimeout = PoolTimeout
     TooManyRequests = TooManyRequests
     PoolClosed = PoolClosed
+    kind = "redis"
     how_to_grow: ClassVar[str] = "raise max_size (PUFF_REDIS_POOL_MAX_SIZE, or max_connections of the client)"
 
     def __init__(
@@ -172,6 +173,10 @@ class RedisPool(redis.ConnectionPool):
     def get_stats(self) -> dict[str, int]:
         """Counters and gauges under psycopg_pool's keys."""
         return self._connections.get_stats()
+
+    def pop_stats(self) -> dict[str, int]:
+        """As `get_stats`; the counters start anew from zero."""
+        return self._connections.pop_stats()
 
     def _get_free_connections(self) -> set[Any]:
         return set(self._connections.idle())

@@ -44,6 +44,7 @@ class ServerPool(Pool[C]):
         name: for messages and statistics; derived from the DSN by default.
     """
 
+    kind = "postgres"
     how_to_grow: ClassVar[str] = (
         'raise max_size (PUFF_POSTGRES_POOL_MAX_SIZE, or OPTIONS["pool"] in DATABASES) within what '
         "the server's max_connections allows for all processes"

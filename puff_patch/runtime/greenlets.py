@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ class WarmPool:
     Args:
         max_greenlets: how many jobs may run at a time; further ones wait in order.
         name: shown in ``repr`` of the greenlets.
+
+    Attributes:
+        begun: how many jobs were begun so far.
     """
 
     def __init__(self, max_greenlets: int = 1000, *, name: str = "puff") -> None:
@@ -49,8 +53,15 @@ class WarmPool:
         self._idle: list[_WarmGreenlet] = []
         self._waiting: deque[Job] = deque()
         self._fewest_idle = 0
+        self.begun = 0
         self._trimmer = self._hub.loop.timer(_TRIM_SECONDS, _TRIM_SECONDS, ref=False)
         self._trimmer.start(self._trim)
+        _warm_pools[id(self)] = self
+
+    @property
+    def hub(self) -> Any:
+        """The hub whose greenlets these are."""
+        return self._hub
 
     @property
     def size(self) -> int:
@@ -154,6 +165,7 @@ class _WarmGreenlet(_Greenlet):
         job, self._first = self._first, None
         try:
             while job is not None:
+                pool.begun += 1
                 try:
                     copy_context().run(job[0], *job[1])
                 except GreenletExit:
@@ -169,3 +181,12 @@ class _WarmGreenlet(_Greenlet):
                     job = park()
         finally:
             pool._left(self)
+
+
+# Not a WeakSet: that one cannot be iterated over while another thread adds to it.
+_warm_pools: weakref.WeakValueDictionary[int, WarmPool] = weakref.WeakValueDictionary()
+
+
+def warm_pools() -> list[WarmPool]:
+    """The pools of warm greenlets of this process; safe in any thread."""
+    return [pool for reference in _warm_pools.valuerefs() if (pool := reference()) is not None]

@@ -14,6 +14,7 @@ from gevent import get_hub
 from gevent.event import Event
 
 from puff_patch.runtime import Mailbox, WarmPool
+from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
 from puff_patch.server.front import Exchange, Front
 from puff_patch.server.listener import Listener
@@ -44,7 +45,8 @@ def serve(app: WSGIApplication, options: ServerOptions | None = None) -> int:
     requests that have been accepted are answered, up to ``graceful_timeout``, then ``options.on_stop`` runs.
     A second signal cuts what still runs.
 
-    One line with the address goes to stdout once connections are accepted.
+    One line with the address goes to stdout once connections are accepted. What blocks the hub meanwhile is
+    logged, see ``puff_patch.watch_hub``.
 
     Args:
         app: the application; it should be cooperative, see ``puff_patch.patch_all``.
@@ -87,7 +89,7 @@ class _Server:
     def run(self) -> int:
         if self._options.access_log:
             access_log.enable()
-        with _on_signals(self._on_signal), Mailbox.current().hold():
+        with _on_signals(self._on_signal), Mailbox.current().hold(), _watched():
             self._front.start()
             print(f"puff_patch is listening on {self._listener.url}", flush=True)
             self._signalled.wait()
@@ -153,6 +155,19 @@ class _Server:
         if not self._front.wait_stopped(_LAST_SECONDS / 2):
             logger.warning("The front's threads did not end in time")
         return 1
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Warn within the block of what blocks the hub, unless that is turned off."""
+    if is_watched():
+        yield
+        return
+    watch_hub()
+    try:
+        yield
+    finally:
+        unwatch_hub()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import gevent
 import pytest
 from gevent.event import Event
-from support.drivers import Driver
+from support.drivers import Driver, Fake
 from support.waiting import eventually
 
 from puff_patch.pools import base
@@ -507,6 +508,52 @@ def test_statistics_have_the_keys_of_psycopg_pool(driver: Driver) -> None:
     assert 10 <= stats["requests_wait_ms"] < 5000
     assert stats["usage_ms"] >= 20
     assert all(isinstance(value, int) for value in stats.values())
+
+    assert pool.pop_stats() == stats
+    after = core.get_stats()
+    gauges = ("pool_min", "pool_max", "pool_size", "pool_available", "requests_waiting")
+    assert after == {key: stats[key] if key in gauges else 0 for key in stats}
+    driver.give(pool, driver.take(pool))
+    assert core.get_stats()["requests_num"] == 1
+
+
+def test_statistics_lose_nothing_among_threads() -> None:
+    pool = Fake().make(max_size=4)
+    threads, rounds, popped = 8, 500, []
+    done = threading.Event()
+
+    def use() -> None:
+        for _ in range(rounds):
+            slot = pool.checkout()
+            pool.checkin(slot, slot.connection)
+
+    def pop() -> None:
+        while not done.is_set():
+            popped.append(pool.pop_stats()["requests_num"])
+            assert base.all_pools()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        users = [threading.Thread(target=use) for _ in range(threads)]
+        popper = threading.Thread(target=pop)
+        for thread in (*users, popper):
+            thread.start()
+        for thread in users:
+            thread.join(60)
+        done.set()
+        popper.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert sum(popped) + pool.get_stats()["requests_num"] == threads * rounds
+
+
+def test_names_of_pools_are_unique_and_come_back() -> None:
+    first, second = Fake().make(), Fake().make()
+    assert {first.name, second.name} <= {pool.name for pool in base.all_pools()}
+    assert first.name != second.name
+    first.close()
+    assert Fake().make().name == first.name
 
 
 def test_two_pools_of_one_server_have_two_names(driver: Driver) -> None:

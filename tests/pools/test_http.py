@@ -103,6 +103,14 @@ held = requests.get(URL, stream=True, timeout=10)
 [(name, stats)] = puff_patch.stats().items()
 assert name == URL, name
 assert (stats["pool_size"], stats["pool_max"], stats["requests_num"]) == (1, 7, 1), stats
+for _ in range(3):
+    assert requests.get(URL, timeout=10).ok
+stats = puff_patch.stats()[URL]
+assert (stats["pool_size"], stats["pool_available"], stats["connections_num"]) == (2, 1, 2), stats
+assert stats["requests_num"] == 4
+with requests.get(URL, stream=True, timeout=10):
+    time.sleep(0.02)
+assert puff_patch.stats()[URL]["usage_ms"] >= 20
 puff_patch.close_pools()
 assert held.text == "-"
 assert requests.get(URL, timeout=10).ok
@@ -110,4 +118,4 @@ puff_patch.close_pools()
 """,
         env={"HTTP_URL": http_server.url, "PUFF_HTTP_POOL_MAX_SIZE": "7"},
     )
-    assert http_server.accepted == 2
+    assert http_server.accepted == 3

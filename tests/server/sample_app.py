@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qs
@@ -199,6 +200,14 @@ def nap(environ: Environ, start: Start) -> list[bytes]:
     finally:
         seen["running"] -= 1
     return plain(start, b"slept")
+
+
+@route
+def hold_hub(environ: Environ, start: Start) -> list[bytes]:
+    limit = time.monotonic() + 0.6
+    while time.monotonic() < limit:
+        pass
+    return plain(start, b"held")
 
 
 @route
