@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from puff_patch.config import current
+from puff_patch.config import blocked_hub_ms
 from puff_patch.patches import django, psycopg, psycopg2, redis, requests, sockets, sqlalchemy
 from puff_patch.patches.base import Patch
 
@@ -65,7 +66,7 @@ def patch_all(
         if switches[name] and not patch.is_patched() and patch.patch():
             fresh.append(patch)
     warn_of_captured([entry for patch in fresh for entry in patch.ledger.originals()], _FOUNDATIONS)
-    if PATCHES["sockets"].is_patched() and current().blocked_hub_ms:
+    if PATCHES["sockets"].is_patched() and blocked_hub_ms(os.environ):
         from puff_patch.runtime.watch import is_watched, watch_hub
 
         if not is_watched():
