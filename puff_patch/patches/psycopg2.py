@@ -1,26 +1,36 @@
 """psycopg2: waits are cooperative (psycogreen), and ``psycopg2.connect`` leases from a pool.
 
-Replaces ``psycopg2.connect`` and sets psycopg2's wait callback.
+Replaces ``psycopg2.connect`` and sets psycopg2's wait callback.  The connections of psycopg2's own pools
+(``psycopg2.pool``) are not leases: a pool that keeps leases would keep them from everybody else, and could hold no
+more of them than ours has.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 from puff_patch.patches.base import Patch
+
+# Whether a pool of psycopg2 connects now.
+_own_pool_connects: ContextVar[bool] = ContextVar("puff_patch.psycopg2.own_pool_connects", default=False)
 
 
 class Psycopg2Patch(Patch):
     """Pooled, cooperative psycopg2."""
 
     name = "psycopg2"
-    modules = ("psycopg2",)
+    modules = ("psycopg2", "psycopg2.pool")
     requires = ("psycopg2-binary|psycopg2", (2, 9))
 
     def apply(self, module: ModuleType) -> None:
-        """Set the wait callback and replace ``psycopg2.connect``."""
+        """Set the wait callback and replace ``psycopg2.connect``; let psycopg2's own pools be."""
+        if module.__name__ == "psycopg2.pool":
+            self._apply_own_pool(module.AbstractConnectionPool)
+            return
         from psycopg2 import extensions
 
         previous = extensions.get_wait_callback()
@@ -36,6 +46,8 @@ class Psycopg2Patch(Patch):
             pool: bool | Mapping[str, Any] = True,
             **kwargs: Any,
         ) -> Any:
+            if pool is True and _own_pool_connects.get():
+                pool = False
             if pool is not False and _poolable(dsn, connection_factory, kwargs):
                 lease = _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
                 if lease is not None:
@@ -51,6 +63,19 @@ class Psycopg2Patch(Patch):
             servers.close_pools(postgres.PostgresPool)
 
         self.ledger.on_restore(close_pools)
+
+    def _apply_own_pool(self, pool_class: Any) -> None:
+        original = pool_class._connect
+
+        @functools.wraps(original)
+        def _connect(self: Any, *args: Any, **kwargs: Any) -> Any:
+            token = _own_pool_connects.set(True)
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                _own_pool_connects.reset(token)
+
+        self.ledger.replace(pool_class, "_connect", _connect)
 
 
 _CONNECT_DOC = """

@@ -494,3 +494,37 @@ for _ in range(10):
 """,
         env={**services.env(), "PROXY": proxy.dsn + " application_name=restarted"},
     )
+
+
+@pytest.mark.services
+def test_a_pool_of_psycopg2_is_the_pool_of_its_connections(services) -> None:
+    """Leases that it keeps would be lost to all others, and it could have no more of them than there are."""
+    run_python(
+        PATCHED
+        + """
+from psycopg2.pool import ThreadedConnectionPool
+own = ThreadedConnectionPool(3, 5, URL)
+connections = [own.getconn() for _ in range(5)]
+for connection in connections:
+    own.putconn(connection)
+leased = psycopg2.connect(URL)  # the place is free
+[stats] = puff_patch.stats().values()
+assert (stats["pool_max"], stats["connections_num"]) == (1, 1), stats
+# They wait cooperatively, and are one session each, as in any pool of psycopg2.
+connection = own.getconn()
+ticks = []
+gevent.spawn(ticks.append, 1)
+assert ask(connection, "SELECT 1 FROM pg_sleep(0.05)") == 1
+assert ticks
+pid = connection.get_backend_pid()
+own.putconn(connection)
+assert own.getconn().get_backend_pid() == pid
+own.closeall()
+leased.close()
+puff_patch.unpatch_all()
+own = ThreadedConnectionPool(1, 5, URL)
+assert type(own.getconn()) is extensions.connection
+own.closeall()
+""",
+        env={**services.env(), "PUFF_POSTGRES_POOL_MAX_SIZE": "1", "PUFF_POSTGRES_POOL_TIMEOUT": "5"},
+    )
