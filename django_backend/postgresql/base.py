@@ -16,8 +16,8 @@ from django.db.backends.postgresql import base
 from django.db.backends.postgresql.psycopg_any import is_psycopg3
 
 import puff_patch
-from puff_patch.config import ConfigError, current
-from puff_patch.patches.django import add_setup
+from puff_patch.config import ConfigError, PoolOptions, current
+from puff_patch.patches.django import with_setup
 
 _SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
 
@@ -38,15 +38,14 @@ class DatabaseWrapper(base.DatabaseWrapper):
         return super().pool if is_psycopg3 else None
 
     def get_connection_params(self) -> dict[str, Any]:
-        """Django's parameters for ``connect``, and the pool's options.
+        """Django's parameters for ``connect``; the pool's options are no business of others who ask for them.
 
         Raises:
-            ImproperlyConfigured: ``OPTIONS["pool"]`` is wrong, or `puff_patch.patch_all` was not called.
+            ImproperlyConfigured: `puff_patch.patch_all` was not called.
         """
         if is_psycopg3:
             return super().get_connection_params()
         options = self.settings_dict["OPTIONS"]
-        pool = options.get("pool", True)
         # Django refuses the option for psycopg2, not knowing of ours.
         self.settings_dict["OPTIONS"] = {key: value for key, value in options.items() if key != "pool"}
         try:
@@ -58,24 +57,40 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 'ENGINE "django_backend.postgresql" needs `import puff_patch; puff_patch.patch_all()` in the '
                 "first lines of manage.py and wsgi.py."
             )
-        where = f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]'
-        if isinstance(pool, Mapping):
-            try:
-                current().postgres_pool.merged(pool, where=where)
-            except ConfigError as error:
-                raise ImproperlyConfigured(str(error)) from error
-            params["pool"] = {**_setup_of(params), **pool}
-        elif pool is False:
-            params["pool"] = False
-        elif pool is not True:
-            raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
-        add_setup(self, params)
         return params
 
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        """A lease from the pool.
 
-def _setup_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    pool = params.get("pool")
-    return dict(pool) if isinstance(pool, dict) else {}
+        Raises:
+            ImproperlyConfigured: ``OPTIONS["pool"]`` is wrong.
+        """
+        if not is_psycopg3:
+            pool = self.settings_dict["OPTIONS"].get("pool", True)
+            pool_options(self.alias, pool)
+            conn_params = with_setup(self, {**conn_params, "pool": pool})
+        return super().get_new_connection(conn_params)
+
+
+def pool_options(alias: str, pool: object) -> PoolOptions | None:
+    """What ``OPTIONS["pool"]`` of DATABASES means; None for connections of their own.
+
+    Args:
+        alias: of DATABASES.
+        pool: the option: a mapping of pool options, True or False.
+
+    Raises:
+        ImproperlyConfigured: it is wrong.
+    """
+    where = f'DATABASES[{alias!r}]["OPTIONS"]["pool"]'
+    if isinstance(pool, Mapping):
+        try:
+            return current().postgres_pool.merged(pool, where=where)
+        except ConfigError as error:
+            raise ImproperlyConfigured(str(error)) from error
+    if pool is True or pool is False:
+        return current().postgres_pool if pool else None
+    raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
 
 
 def _use_configured_server(settings_dict: dict[str, Any], alias: str) -> None:

@@ -461,18 +461,14 @@ def get_pool(dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str
     return pool
 
 
-def drain_pools(*, dbname: str, host: str = "", port: str = "") -> None:
-    """Close the idle connections of every pool to one database, and the leased ones at their return.
+def drain_pools(*, dbname: str) -> None:
+    """Close the idle connections of every pool to a database of that name, and the leased ones at their return.
 
     Args:
-        dbname: the database's name, as in the DSN.
-        host: as in the DSN, empty if it names none.
-        port: as in the DSN, empty if it names none.
+        dbname: the database's name, as in the DSN; empty for the DSNs that name none.
     """
-    wanted = {"dbname": dbname, "host": host, "port": port}
     for pool in list(_registry.values()):
-        found = extensions.parse_dsn(pool.dsn)
-        if all(found.get(name, "") == value for name, value in wanted.items()):
+        if extensions.parse_dsn(pool.dsn).get("dbname", "") == dbname:
             pool.drain()
 
 
