@@ -12,6 +12,7 @@ import functools
 import gc
 import os
 import select
+import sys
 import time
 from types import ModuleType
 from typing import Any
@@ -36,7 +37,10 @@ def apply(ledger: Ledger, module: ModuleType) -> None:
 
 
 def _apply_connection(ledger: Ledger, connection_class: Any, util: Any) -> None:
+    from gevent.monkey import get_original
+
     receive, send = connection_class._recv, connection_class._send
+    finalizing, cooperative_close, native_close = sys.is_finalizing, os.close, get_original("os", "close")
 
     @functools.wraps(receive)
     def _recv(self: Any, size: int, read: Any = _read) -> Any:
@@ -46,8 +50,13 @@ def _apply_connection(ledger: Ledger, connection_class: Any, util: Any) -> None:
     def _send(self: Any, buf: Any, write: Any = _write) -> None:
         send(self, buf, write)
 
+    def _close(self: Any) -> None:
+        # gevent's needs its own module, which may be gone when the last connections of a program are collected.
+        (native_close if finalizing() else cooperative_close)(self._handle)
+
     ledger.replace(connection_class, "_recv", _recv)
     ledger.replace(connection_class, "_send", _send)
+    ledger.replace(connection_class, "_close", _close)
     hook = _ForkHook()
     util.register_after_fork(hook, _ForkHook.leave_greenlets_behind)
     ledger.on_restore(hook.forget)

@@ -1,4 +1,4 @@
-"""A small project's own tests under ``manage.py test``: forked workers, cloned databases, a live server."""
+"""A small project's own tests under ``manage.py test``: worker processes, cloned databases, a live server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from support.process import run
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("engine", ["django.db.backends.postgresql", "django_backend.postgresql"])
-def test_manage_py_test(engine: str, services: Any) -> None:
+@pytest.mark.parametrize(
+    ("engine", "start_method"),
+    [("django.db.backends.postgresql", "fork"), ("django_backend.postgresql", "spawn")],
+)
+def test_manage_py_test(engine: str, start_method: str, services: Any) -> None:
     environment = {
         **services.env(),
         "PYTHONPATH": str(FOLDER),
         "ENGINE": engine,
+        "START_METHOD": start_method,
         "TAG": f"puff_test_{uuid.uuid4().hex[:12]}",
         # Fewer leases than the live server has threads.
         "PUFF_POSTGRES_POOL_MAX_SIZE": "5",

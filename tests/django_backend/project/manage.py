@@ -1,4 +1,4 @@
-"""Run by ../test_project.py; ENGINE and TAG are in the environment."""
+"""Run by ../test_project.py; ENGINE, TAG and START_METHOD are in the environment."""
 
 import os
 import sys
@@ -7,7 +7,11 @@ import puff_patch
 
 puff_patch.patch_all()
 
+import multiprocessing  # noqa: E402
+
 from django.core.management import execute_from_command_line  # noqa: E402
 
-os.environ["DJANGO_SETTINGS_MODULE"] = "shop.settings"
-execute_from_command_line(sys.argv)
+if __name__ == "__main__":
+    multiprocessing.set_start_method(os.environ["START_METHOD"])
+    os.environ["DJANGO_SETTINGS_MODULE"] = "shop.settings"
+    execute_from_command_line(sys.argv)
