@@ -14,7 +14,7 @@ from django.core.cache.backends import redis
 from django.utils.functional import cached_property
 
 from puff_patch.config import current
-from puff_patch.patches.django import get_client, shared_cache_client
+from puff_patch.patches.django import shared_cache_client
 
 
 @cache
@@ -23,22 +23,16 @@ def _configured_server(service: str) -> str:
     return current().redis_url(service)
 
 
-class RedisCacheClient(redis.RedisCacheClient):
-    """Django's, with the shared client in place of a new one each time."""
-
-    get_client = get_client
-
-
 class RedisCache(redis.RedisCache):
     """Django's, with the server from puff_patch's configuration if LOCATION names none."""
 
     # Django's own attributes, which its stubs leave out.
+    _class: type[Any]
     _options: dict[str, Any]
     _servers: list[str]
 
     def __init__(self, server: str | list[str], params: dict[str, Any]) -> None:
         super().__init__(server, params)
-        self._class = RedisCacheClient
         # A copy: the settings' own dictionary also makes the caches of other greenlets.
         self._options = dict(self._options)
         self._service: str = self._options.pop("service", "default")
@@ -47,4 +41,4 @@ class RedisCache(redis.RedisCache):
     @cached_property
     def _cache(self) -> Any:
         servers = [_configured_server(self._service)] if self._configured else self._servers
-        return shared_cache_client(RedisCacheClient, servers, self._options)
+        return shared_cache_client(self._class, servers, self._options)

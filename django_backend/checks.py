@@ -137,6 +137,7 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
     if own_pool or not driver().is_patched():
         return
     try:
+        _pool_options(alias)
         connection.get_connection_params()
     except ImproperlyConfigured as error:
         yield Error(
@@ -355,13 +356,23 @@ def _pool_size(alias: str) -> int | None:
         own = own_pool if isinstance(own_pool, Mapping) else {}
         return int(own.get("max_size") or own.get("min_size", 4))
     try:
-        pool = connection.get_connection_params().get("pool", True)
-        if pool is False:
-            return None
-        options = {name: value for name, value in pool.items() if name != "setup"} if pool is not True else {}
-        return current().postgres_pool.merged(options, where=f"DATABASES[{alias!r}]").max_size
-    except (ImproperlyConfigured, ConfigError):
+        options = _pool_options(alias)
+    except ImproperlyConfigured:
         return None  # told by `check_pools`
+    return options.max_size if options else None
+
+
+def _pool_options(alias: str) -> PoolOptions | None:
+    """What sizes the alias's pool; None if it has none.
+
+    Raises:
+        ImproperlyConfigured: its option is wrong.
+    """
+    if not _has_our_engine(alias):
+        return current().postgres_pool
+    from django_backend.postgresql.base import pool_options
+
+    return pool_options(alias, connections[alias].settings_dict["OPTIONS"].get("pool", True))
 
 
 def _check_redis_limits() -> Iterator[CheckMessage]:

@@ -14,8 +14,8 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.backends.postgresql import base
 
-from puff_patch.config import ConfigError, current
-from puff_patch.patches.django import add_setup, driver
+from puff_patch.config import ConfigError, PoolOptions, current
+from puff_patch.patches.django import driver, with_setup
 
 # What psycopg_pool takes and Django passes on to it, and our pool has no use for.
 _OF_PSYCOPG_POOL = frozenset(
@@ -44,13 +44,12 @@ class DatabaseWrapper(base.DatabaseWrapper):
         return None
 
     def get_connection_params(self) -> dict[str, Any]:
-        """Django's parameters for ``connect``, and the pool's options.
+        """Django's parameters for ``connect``; the pool's options are no business of others who ask for them.
 
         Raises:
-            ImproperlyConfigured: ``OPTIONS["pool"]`` is wrong, or `puff_patch.patch_all` was not called.
+            ImproperlyConfigured: `puff_patch.patch_all` was not called.
         """
         options = self.settings_dict["OPTIONS"]
-        pool = options.get("pool", True)
         # Django takes the option for its own pool, or refuses it: not knowing of ours.
         self.settings_dict["OPTIONS"] = {key: value for key, value in options.items() if key != "pool"}
         try:
@@ -62,29 +61,43 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 'ENGINE "django_backend.postgresql" needs `import puff_patch; puff_patch.patch_all()` in the '
                 "first lines of manage.py and wsgi.py."
             )
-        where = f'DATABASES[{self.alias!r}]["OPTIONS"]["pool"]'
-        if isinstance(pool, Mapping):
-            if strange := sorted(_OF_PSYCOPG_POOL.intersection(pool)):
-                raise ImproperlyConfigured(
-                    f"{where}: {', '.join(map(repr, strange))} means something to psycopg_pool only, and this "
-                    f'pool is puff_patch\'s: leave it out, or use ENGINE "django.db.backends.postgresql"'
-                )
-            try:
-                current().postgres_pool.merged(pool, where=where)
-            except ConfigError as error:
-                raise ImproperlyConfigured(str(error)) from error
-            params["pool"] = {**_setup_of(params), **pool}
-        elif pool is False:
-            params["pool"] = False
-        elif pool is not True:
-            raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
-        add_setup(self, params)
         return params
 
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        """A lease from the pool.
 
-def _setup_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    pool = params.get("pool")
-    return dict(pool) if isinstance(pool, dict) else {}
+        Raises:
+            ImproperlyConfigured: ``OPTIONS["pool"]`` is wrong.
+        """
+        pool = self.settings_dict["OPTIONS"].get("pool", True)
+        pool_options(self.alias, pool)
+        return super().get_new_connection(with_setup(self, {**conn_params, "pool": pool}))
+
+
+def pool_options(alias: str, pool: object) -> PoolOptions | None:
+    """What ``OPTIONS["pool"]`` of DATABASES means; None for connections of their own.
+
+    Args:
+        alias: of DATABASES.
+        pool: the option: a mapping of pool options, True or False.
+
+    Raises:
+        ImproperlyConfigured: it is wrong.
+    """
+    where = f'DATABASES[{alias!r}]["OPTIONS"]["pool"]'
+    if isinstance(pool, Mapping):
+        if strange := sorted(_OF_PSYCOPG_POOL.intersection(pool)):
+            raise ImproperlyConfigured(
+                f"{where}: {', '.join(map(repr, strange))} means something to psycopg_pool only, and this "
+                f'pool is puff_patch\'s: leave it out, or use ENGINE "django.db.backends.postgresql"'
+            )
+        try:
+            return current().postgres_pool.merged(pool, where=where)
+        except ConfigError as error:
+            raise ImproperlyConfigured(str(error)) from error
+    if pool is True or pool is False:
+        return current().postgres_pool if pool else None
+    raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
 
 
 def _use_configured_server(settings_dict: dict[str, Any], alias: str) -> None:

@@ -1,10 +1,9 @@
 """Django: what its PostgreSQL and Redis backends do per greenlet is done once per process.
 
-Replaces ``RedisCache._cache`` and ``RedisCacheClient.get_client`` (one shared client a URL), and of the
-PostgreSQL backend's ``DatabaseWrapper``: ``get_connection_params`` (the time zone comes with the lease) and
-``connect`` (a lease goes back at the end of the request, whatever CONN_MAX_AGE says, and at the end of its
-greenlet) and ``close_pool`` (test databases can be dropped).  Every other effect on Django comes from the
-patches of the drivers.
+Replaces ``RedisCache._cache`` (one shared client a process), and of the PostgreSQL backend's
+``DatabaseWrapper``: ``get_new_connection`` (the time zone comes with the lease, which goes back at the end of
+the request, whatever CONN_MAX_AGE says, and at the end of its greenlet) and ``close_pool`` (test databases can
+be dropped).  Every other effect on Django comes from the patches of the drivers.
 """
 
 from __future__ import annotations
@@ -35,32 +34,22 @@ class DjangoPatch(Patch):
             shared = cached_property(_shared_cache)
             shared.__set_name__(module.RedisCache, "_cache")
             self.ledger.replace(module.RedisCache, "_cache", shared)
-            self.ledger.replace(module.RedisCacheClient, "get_client", get_client)
             self.ledger.on_restore(_forget_clients)
         else:
             self._apply_postgresql(module.DatabaseWrapper)
 
     def _apply_postgresql(self, wrapper_class: Any) -> None:
-        get_params, connect = wrapper_class.get_connection_params, wrapper_class.connect
-        close_native_pool = wrapper_class.close_pool
+        original, close_native_pool = wrapper_class.get_new_connection, wrapper_class.close_pool
 
-        @functools.wraps(get_params)
-        def get_connection_params(self: Any) -> dict[str, Any]:
-            params: dict[str, Any] = get_params(self)
-            # Django's own pool (OPTIONS["pool"], psycopg 3 only) asks here, too; it sets the time zone by itself.
-            if driver().is_patched() and not self.settings_dict["OPTIONS"].get("pool"):
-                add_setup(self, params)
-            return params
-
-        @functools.wraps(connect)
-        def connect_and_lease(self: Any) -> None:
-            try:
-                connect(self)
-            finally:  # a receiver of connection_created may fail, and the lease is there all the same
-                if is_leased(self.connection):
-                    # Greenlets are many and leases few: one that is kept between requests starves the others.
-                    self.close_at = time.monotonic()
-                    _return_at_end_of_greenlet(self)
+        # Not `connect`: that is a method of every backend's base class, where others (Sentry) replace it.
+        @functools.wraps(original)
+        def get_new_connection(self: Any, conn_params: dict[str, Any]) -> Any:
+            if driver().is_patched():
+                conn_params = with_setup(self, conn_params)
+            connection = original(self, conn_params)
+            if is_leased(connection):
+                _give_back_early(self)
+            return connection
 
         @functools.wraps(close_native_pool)
         def close_pool(self: Any) -> None:
@@ -68,8 +57,7 @@ class DjangoPatch(Patch):
             # Django calls this before it drops or copies a test database, which must have no sessions then.
             close_idle_connections(self)
 
-        self.ledger.replace(wrapper_class, "get_connection_params", get_connection_params)
-        self.ledger.replace(wrapper_class, "connect", connect_and_lease)
+        self.ledger.replace(wrapper_class, "get_new_connection", get_new_connection)
         self.ledger.replace(wrapper_class, "close_pool", close_pool)
 
 
@@ -82,18 +70,33 @@ def driver() -> Patch:
     return psycopg.PATCH if is_psycopg3 else psycopg2.PATCH
 
 
-def _return_at_end_of_greenlet(wrapper: Any) -> None:
-    """Have the wrapper's lease returned when the current greenlet ends.
+def _give_back_early(wrapper: Any) -> None:
+    """Have the wrapper's lease returned at the end of a request, and when the current greenlet ends.
 
-    Django's wrappers are greenlet-local but sit in reference cycles, so that without this the lease of a
-    finished greenlet would come back only with the next garbage collection.
+    Greenlets are many and leases few: one that is kept between requests starves the others.  The main greenlet
+    is but one, as the thread of a management command is without us, so there CONN_MAX_AGE keeps its meaning.
     """
     import gevent
 
     greenlet = gevent.getcurrent()
-    if not isinstance(greenlet, gevent.Greenlet) or vars(wrapper).get("_puff_linked") == id(greenlet):
+    hub = gevent.get_hub()
+    if hub.main_hub and greenlet is hub.parent:
         return
-    wrapper._puff_linked = id(greenlet)
+    wrapper.close_at = time.monotonic()
+    if isinstance(greenlet, gevent.Greenlet):
+        _return_at_end_of(greenlet, wrapper)
+
+
+def _return_at_end_of(greenlet: Any, wrapper: Any) -> None:
+    """Have the wrapper's lease returned when the greenlet ends.
+
+    Django's wrappers are greenlet-local but sit in reference cycles, so that without this the lease of a
+    finished greenlet would come back only with the next garbage collection.
+    """
+    linked = vars(wrapper).get("_puff_linked")
+    if linked is not None and linked() is greenlet:
+        return
+    wrapper._puff_linked = weakref.ref(greenlet)
     reference = weakref.ref(wrapper)
 
     def ended(_: object) -> None:
@@ -110,10 +113,7 @@ def close_idle_connections(wrapper: Any) -> None:
     """Close what the pools keep open to the wrapper's database."""
     from puff_patch.pools import servers
 
-    settings = wrapper.settings_dict
-    servers.drain_pools(
-        dbname=settings["NAME"] or "", host=settings["HOST"] or "", port=str(settings["PORT"] or "")
-    )
+    servers.drain_pools(dbname=wrapper.settings_dict["NAME"] or "")
 
 
 def is_leased(connection: Any) -> bool:
@@ -151,34 +151,55 @@ def shared_cache_client(client_class: Any, servers: list[str], options: dict[str
     key = (client_class, tuple(servers), freeze(options))
     client = _cache_clients.get(key)
     if client is None:
+        from django.core.cache.backends.redis import RedisCacheClient
+
+        client = client_class(servers, **options)
+        if issubclass(client_class, RedisCacheClient):
+            # What it makes pools and clients with, so that each of its methods can be overridden as before.
+            client._pool_class = shared = _Shared(client)
+            client._client = shared.client
         # Two greenlets may both make one; the first stays, and neither has connected yet.
-        client = _cache_clients.setdefault(key, client_class(servers, **options))
+        client = _cache_clients.setdefault(key, client)
     return client
 
 
-def get_client(self: Any, key: Any = None, *, write: bool = False) -> Any:
-    """Stands for ``RedisCacheClient.get_client``: the shared client of the server the original would choose."""
-    from puff_patch.pools.redis import shared_client
+class _Shared:
+    """Gives a cache client of Django the pools of this process, and for each the same client of redis-py."""
 
-    url = self._servers[self._get_connection_pool_index(write)]
-    # Django's default is the plain pool; any other class was chosen in OPTIONS and is kept.
-    pool_class = None if self._pool_class is self._lib.ConnectionPool else self._pool_class
-    return shared_client(url, self._pool_options, pool_class)
+    def __init__(self, client: Any) -> None:
+        # Django's default is the plain pool; any other class was chosen in OPTIONS and is kept.
+        self._pool_class = None if client._pool_class is client._lib.ConnectionPool else client._pool_class
+        self._client_class = client._client
+        self._clients: dict[Any, Any] = {}
+
+    def from_url(self, url: str, **options: Any) -> Any:
+        from puff_patch.pools.redis import shared_client
+
+        return shared_client(url, options, self._pool_class).connection_pool
+
+    def client(self, *, connection_pool: Any) -> Any:
+        client = self._clients.get(id(connection_pool))
+        if client is None:  # it holds the pool, so that the id stays the pool's
+            client = self._clients[id(connection_pool)] = self._client_class(connection_pool=connection_pool)
+        return client
 
 
-def add_setup(wrapper: Any, params: dict[str, Any]) -> None:
+def with_setup(wrapper: Any, params: dict[str, Any]) -> dict[str, Any]:
     """Let the pool set the time zone once, where Django would ask for it at every lease.
 
     Args:
         wrapper: Django's DatabaseWrapper.
-        params: what it will pass to the driver's ``connect``; changed in place.
+        params: what it will pass to the driver's ``connect``.
+
+    Returns:
+        The parameters to pass in their place.
     """
     pool = params.get("pool")
     zone = wrapper.timezone_name
     if pool is False or not zone:
-        return
+        return params
     quoted = zone.replace("'", "''")
-    params["pool"] = {"setup": f"SET TIME ZONE '{quoted}'", **(pool if isinstance(pool, dict) else {})}
+    return {**params, "pool": {"setup": f"SET TIME ZONE '{quoted}'", **(pool if isinstance(pool, dict) else {})}}
 
 
 PATCH = DjangoPatch()

@@ -1,7 +1,8 @@
 """The standard library: sockets, DNS, time, threads, locks, subprocesses, ... become cooperative (gevent).
 
 Replaces what ``gevent.monkey.patch_all()`` replaces.  gevent has no way back, so what it did is found by
-comparing the modules before and after, and goes into the ledger like every other patch.
+comparing the modules before and after, and goes into the ledger like every other patch.  What gevent leaves out,
+multiprocessing, has a module of its own here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from puff_patch.patches import multiprocessing
 from puff_patch.patches.base import Patch
 
 # Every module that gevent.monkey, up to 26.x, writes to.
@@ -51,10 +53,13 @@ class SocketsPatch(Patch):
     """gevent's monkey patch, made reversible."""
 
     name = "sockets"
-    modules = ("sys",)  # always imported: applied at once
+    modules = ("sys", *multiprocessing.MODULES)  # sys is always imported: applied at once
 
     def apply(self, module: ModuleType) -> None:
-        """Run gevent's patch and record what it replaced."""
+        """Run gevent's patch and record what it replaced, or patch multiprocessing."""
+        if module.__name__ in multiprocessing.MODULES:
+            multiprocessing.apply(self.ledger, module)
+            return
         import gevent.monkey
         from gevent.monkey import _state  # type: ignore[attr-defined]
 

@@ -182,20 +182,15 @@ class Registry(Generic[P]):
         return pool
 
 
-def drain_pools(*, dbname: str, host: str = "", port: str = "") -> None:
-    """Close the idle connections of every pool to one database, and the leased ones at their return.
+def drain_pools(*, dbname: str) -> None:
+    """Close the idle connections of every pool to a database of that name, and the leased ones at their return.
 
     Args:
-        dbname: the database's name, as in the DSN.
-        host: as in the DSN, empty if it names none.
-        port: as in the DSN, empty if it names none.
+        dbname: the database's name, as in the DSN; empty for the DSNs that name none.
     """
-    wanted = {"dbname": dbname, "host": host, "port": port}
     for pool in all_pools():
-        if isinstance(pool, ServerPool):
-            found = pool.parse(pool.dsn)
-            if all(found.get(name, "") == value for name, value in wanted.items()):
-                pool.drain()
+        if isinstance(pool, ServerPool) and pool.parse(pool.dsn).get("dbname", "") == dbname:
+            pool.drain()
 
 
 def close_pools(pool_class: type[ServerPool[Any]]) -> None:

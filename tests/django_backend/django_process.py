@@ -60,6 +60,12 @@ class Server:
         self.most = max(self.most, found)
         return found
 
+    def end_sessions(self) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s", [self.tag]
+            )
+
     def watch(self) -> None:
         """Run as a greenlet."""
         import gevent

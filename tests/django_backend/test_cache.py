@@ -130,6 +130,46 @@ cache.delete("mine")
     )
 
 
+@both_backends
+def test_a_subclass_may_choose_servers_clients_and_serializers(backend: str, services) -> None:
+    run(
+        """
+import importlib, types
+module = sys.modules["theirs"] = types.ModuleType("theirs")
+from django.conf import settings
+settings.configure(CACHES={"default": entry(BACKEND="theirs.Cache", LOCATION=["redis://127.0.0.1:1", REDIS_URL])})
+from django.core.cache.backends.redis import RedisCacheClient
+class Strict(redis.Redis):
+    pass
+class Client(RedisCacheClient):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._client = Strict
+    def _get_connection_pool_index(self, write):
+        return 1
+    def get_client(self, key=None, *, write=False):
+        asked.append((key, write))
+        return super().get_client(key, write=write)
+class Cache(importlib.import_module(BACKEND.rpartition(".")[0]).RedisCache):
+    def __init__(self, server, params):
+        super().__init__(server, params)
+        self._class = Client
+module.Cache = Cache
+asked = []
+cache.set("a", 1)
+assert gevent.spawn(cache.get, "a").get(timeout=10) == 1
+key = f"{TAG}:1:a"
+assert asked == [(key, True), (key, False)], asked
+client = cache._cache.get_client()
+assert type(client) is Strict
+assert gevent.spawn(lambda: cache._cache.get_client()).get(timeout=10) is client
+cache.delete("a")
+""",
+        services,
+        backend,
+    )
+
+
 def test_a_service_names_the_server_in_every_greenlet(services) -> None:
     run(
         """

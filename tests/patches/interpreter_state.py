@@ -26,6 +26,8 @@ STDLIB = [
     "logging",
     "logging.handlers",
     "multiprocessing",
+    "multiprocessing.connection",
+    "multiprocessing.synchronize",
     "os",
     "queue",
     "select",

@@ -60,6 +60,62 @@ WAITS = {
         done = subprocess.run([sys.executable, "-S", "-c", nap], capture_output=True)
         assert done.stdout == b"7\\n"
     """,
+    "process": """
+        import multiprocessing
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(PAUSE,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    """,
+    "process pool": """
+        # Three threads that read pipes and queues, in this process alone.
+        import multiprocessing
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+            assert len(pool.apply(bytes, [1_000_000])) == pool.apply(len, [bytes(1_000_000)]) == 1_000_000
+            assert pool.map(time.sleep, [PAUSE, PAUSE]) == [None, None]
+            pool.close()
+            pool.join()
+    """,
+    "process pool executor": """
+        import concurrent.futures, multiprocessing
+        fork = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=fork) as executor:
+            assert list(executor.map(time.sleep, [PAUSE, PAUSE])) == [None, None]
+    """,
+    "queue between processes": """
+        import multiprocessing, queue, threading
+        fork = multiprocessing.get_context("fork")
+        items = fork.Queue()
+        try:
+            items.get(timeout=PAUSE / 5)
+        except queue.Empty:
+            pass
+        # two who want it, both in this process: the second waits for the lock that the first one holds
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(items.get())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(PAUSE)
+        process = fork.Process(target=lambda: [items.put(n) for n in (1, 2)])
+        process.start()
+        for thread in threads:
+            thread.join(10)
+        process.join(10)
+        assert sorted(found) == [1, 2], found
+        items.close()
+    """,
+    "lock between processes": """
+        import multiprocessing
+        lock = multiprocessing.get_context("fork").Lock()
+        assert lock.acquire()
+        assert not lock.acquire(False) and not lock.acquire(timeout=0.01)
+        gevent.spawn_later(PAUSE, lock.release)
+        with lock:
+            pass
+        assert lock.acquire(timeout=1)
+        lock.release()
+    """,
     "name lookup": """
         # getaddrinfo blocks in C; this one does for sure.
         import _socket, socket
@@ -163,3 +219,45 @@ client.close()
         env=services.env(),
     )
     assert elapsed < 5
+
+
+def test_the_greenlets_of_the_parent_end_in_a_child_that_multiprocessing_forks() -> None:
+    run_python(
+        """
+import puff_patch; puff_patch.patch_all()
+import gevent, multiprocessing, socket, subprocess, threading
+fork = multiprocessing.get_context("fork")
+parent = os.getpid()
+def tick():
+    try:
+        while True:
+            assert os.getpid() == parent, "goes on in the child"
+            gevent.sleep(0.005)
+    finally:
+        assert os.getpid() == parent, "ends in the child"
+gevent.spawn(tick)
+threading.Thread(target=tick, daemon=True).start()
+assert socket.getaddrinfo("localhost", 80)  # in gevent's native threads
+def work(answers):
+    import gc
+    time.sleep(0.05)
+    gc.collect()
+    # What needs the hub works in the child, too.
+    found = []
+    thread = threading.Thread(target=lambda: found.append(bool(socket.getaddrinfo("localhost", 80))))
+    thread.start()
+    thread.join()
+    subprocess.run([sys.executable, "-S", "-c", ""], check=True)
+    with fork.Pool(1) as pool:
+        answers.put((found, gevent.spawn(abs, -5).get(), pool.map(abs, [-3])))
+def ask():
+    answers = fork.Queue()
+    process = fork.Process(target=work, args=(answers,))
+    process.start()
+    assert answers.get(timeout=20) == ([True], 5, [3])
+    process.join(20)
+    assert process.exitcode == 0
+ask()
+gevent.spawn(ask).get()
+"""
+    )
