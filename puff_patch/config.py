@@ -101,6 +101,7 @@ class Config:
         redis_urls: Redis URL by service name in lower case.
         postgres_pool: defaults for every PostgreSQL pool.
         redis_pool: defaults for every Redis pool.
+        redis_blocking_pool: beside each of these, for commands that wait for others, and subscriptions.
         http_pool: defaults for the connections to one host that `requests` shares.
     """
 
@@ -109,7 +110,8 @@ class Config:
     postgres_urls: Mapping[str, str] = field(default_factory=dict)
     redis_urls: Mapping[str, str] = field(default_factory=dict)
     postgres_pool: PoolOptions = PoolOptions()
-    redis_pool: PoolOptions = PoolOptions(max_size=50)
+    redis_pool: PoolOptions = PoolOptions(max_size=100)  # as redis-py's own
+    redis_blocking_pool: PoolOptions = PoolOptions(max_size=1000, max_idle=60.0)
     http_pool: PoolOptions = PoolOptions(max_size=100)
 
     def postgres_url(self, name: str = "default") -> str:
@@ -148,7 +150,8 @@ class Config:
             ConfigError: a variable has a value that cannot be used.
         """
         urls: dict[str, dict[str, str]] = {"POSTGRES": {}, "REDIS": {}}
-        pools: dict[str, dict[str, str]] = {"POSTGRES": {}, "REDIS": {}, "HTTP": {}}
+        kinds = ("POSTGRES", "REDIS", "REDIS_BLOCKING", "HTTP")
+        pools: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
         for variable, value in environ.items():
             if not variable.startswith("PUFF_"):
                 continue
@@ -173,6 +176,7 @@ class Config:
             redis_urls=urls["REDIS"],
             postgres_pool=pool("POSTGRES", defaults.postgres_pool),
             redis_pool=pool("REDIS", defaults.redis_pool),
+            redis_blocking_pool=pool("REDIS_BLOCKING", defaults.redis_blocking_pool),
             http_pool=pool("HTTP", defaults.http_pool),
         )
 

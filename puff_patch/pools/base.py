@@ -195,6 +195,25 @@ class Pool(Generic[C]):
         slot.leased_at = time.monotonic()
         return slot
 
+    def checkout_from(self, other: Pool[C]) -> Slot[C]:
+        """Take a place here for a connection of another pool, whose own place is free again at once.
+
+        Raises:
+            PoolTimeout, TooManyRequests, PoolClosed: of either pool.
+            Exception: whatever the driver raises when it cannot connect.
+        """
+        slot = self._take(self.options.timeout, time.monotonic())
+        try:
+            self._discard_connection(slot)
+            lease = other.checkout()
+        except BaseException:
+            self._give_back(slot)
+            raise
+        slot.connection, slot.dirty = lease.connection, lease.dirty
+        slot.epoch, slot.expires_at, slot.leased_at = self._epoch, lease.expires_at, lease.leased_at
+        other.reclaim(lease)
+        return slot
+
     def checkin(self, slot: Slot[C], connection: C, *, reusable: bool = True) -> None:
         """Return a slot taken with `checkout`.  Never waits, never raises for a broken connection.
 
@@ -518,8 +537,12 @@ class Pool(Generic[C]):
 
     def drain(self) -> None:
         """Close idle connections now and leased ones at their return; new ones take their place."""
+        self._epoch += 1
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close idle connections now; leased ones are left alone."""
         with self._lock:
-            self._epoch += 1
             slots = []
             while (slot := self._pop_idle()) is not None:
                 self._size -= 1
