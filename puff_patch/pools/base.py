@@ -119,6 +119,8 @@ class Pool(Generic[C]):
     PoolClosed: ClassVar[type[PoolClosed]] = PoolClosed
     #: How a user raises max_size, for the message of `PoolTimeout`.
     how_to_grow: ClassVar[str] = "raise max_size"
+    #: Whether `_reset` has anything to do.  If not, the connection returned last is the next to be handed out.
+    needs_reset: ClassVar[bool] = True
 
     def __init__(self, name: str, options: PoolOptions) -> None:
         self.name = _unique(name)
@@ -232,7 +234,7 @@ class Pool(Generic[C]):
         if not reusable or self._closed or slot.epoch != self._epoch or now >= slot.expires_at:
             self._discard_connection(slot)
         else:
-            slot.dirty = True
+            slot.dirty = self.needs_reset
             slot.returned_at = now
         self._give_back(slot)
 

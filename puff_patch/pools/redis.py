@@ -39,6 +39,7 @@ class _Connections(Pool[Any]):
     TooManyRequests = TooManyRequests
     PoolClosed = PoolClosed
     how_to_grow: ClassVar[str] = "raise max_size (PUFF_REDIS_POOL_MAX_SIZE, or max_connections of the client)"
+    needs_reset = False  # redis-py leaves a connection clean, or disconnects it
 
     def __init__(
         self, name: str, options: PoolOptions, make: Callable[[], Any], may_push: Callable[[], bool]
@@ -63,9 +64,6 @@ class _Connections(Pool[Any]):
                 f"cannot reach Redis at {self.name}: {error}\n{unreachable_hint('redis')}"
             ) from error
         return connection
-
-    def _reset(self, connection: Any) -> None:
-        """Nothing: redis-py leaves a connection clean, or disconnects it."""
 
     def _check(self, connection: Any) -> bool:
         if not _is_connected(connection):

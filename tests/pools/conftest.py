@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import gevent
 import pytest
 from psycopg2 import extensions
-from support.drivers import Driver, Fake, Postgres, Redis
+from support.drivers import Driver, Fake, Http, Postgres, Redis
 
 from puff_patch.patches.psycopg2 import wait_callback
 
@@ -27,7 +27,7 @@ def cooperative_psycopg2() -> Iterator[None]:
     extensions.set_wait_callback(None)
 
 
-@pytest.fixture(params=["fake", "psycopg2", "redis"])
+@pytest.fixture(params=["fake", "psycopg2", "redis", "http"])
 def driver(request: pytest.FixtureRequest, cooperative_psycopg2: None) -> Iterator[Driver]:
     """Each of the drivers in turn."""
     made: Driver
@@ -35,6 +35,8 @@ def driver(request: pytest.FixtureRequest, cooperative_psycopg2: None) -> Iterat
         made = Fake()
     elif request.param == "psycopg2":
         made = Postgres(request.getfixturevalue("postgres_url"))
+    elif request.param == "http":
+        made = Http(request.getfixturevalue("http_server"))
     else:
         made = Redis(request.getfixturevalue("redis_url"))
     yield made
