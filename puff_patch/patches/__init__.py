@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from puff_patch.patches import django, psycopg2, redis, requests, sockets
+from puff_patch.patches import django, django_redis, psycopg2, redis, requests, sockets
 from puff_patch.patches.base import Patch
 
 #: In the order in which they are applied; the standard library comes first.
 PATCHES: dict[str, Patch] = {
-    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, redis, requests, django)
+    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, redis, requests, django, django_redis)
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
@@ -21,6 +21,7 @@ def patch_all(
     redis: bool = True,
     requests: bool = True,
     django: bool = True,
+    django_redis: bool = True,
 ) -> None:
     """Make this process cooperative and pooled.  Call it once, in the first lines of the program.
 
@@ -33,6 +34,7 @@ def patch_all(
         redis: clients of redis-py wait for a connection when their pool is full.
         requests: sessions share their connections.
         django: Django's own PostgreSQL and Redis backends share what they otherwise build per greenlet.
+        django_redis: caches of django-redis wait for a connection when their pool is full.
 
     Raises:
         puff_patch.patches.base.UnsupportedVersion: an installed library is too old.
@@ -48,6 +50,7 @@ def patch_all(
         "redis": redis,
         "requests": requests,
         "django": django,
+        "django_redis": django_redis,
     }
     fresh = []
     for name, patch in PATCHES.items():

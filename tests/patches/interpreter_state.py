@@ -42,9 +42,10 @@ STDLIB = [
 LIBRARIES = {
     "sockets": [],
     "psycopg2": ["psycopg2", "psycopg2.extensions", "psycopg2.pool", "psycopg2._psycopg"],
-    "redis": ["redis", "redis.client", "redis.connection"],
+    "redis": ["redis", "redis.client", "redis.cluster", "redis.connection", "redis.sentinel"],
     "requests": ["requests", "requests.sessions", "requests.adapters", "requests.api"],
     "django": ["django.core.cache.backends.redis", "django.db.backends.postgresql.base"],
+    "django_redis": ["django_redis.pool"],
 }
 # What changes with time, or is made anew at each look.
 _FLEETING = frozenset({"__dict__", "__weakref__", "_abc_impl", "__abstractmethods__", "__annotations_cache__"})

@@ -62,11 +62,23 @@ def django():
     finally:
         for cache in (one, other):
             cache._cache.get_client().connection_pool.disconnect()
+
+def django_redis():
+    import redis
+    from django_redis.pool import ConnectionFactory
+    factory = ConnectionFactory({})
+    client = factory.connect(os.environ["PUFF_DEFAULT_REDIS_URL"])
+    assert client.ping()
+    try:
+        return type(client.connection_pool) is not redis.ConnectionPool
+    finally:
+        client.connection_pool.disconnect()
+        factory._pools.clear()
 """
 
 
 @pytest.mark.parametrize("imported", ["before", "after"])
-@pytest.mark.parametrize("name", ["sockets", "psycopg2", "redis", "requests", "django", "all"])
+@pytest.mark.parametrize("name", ["sockets", "psycopg2", "redis", "requests", "django", "django_redis", "all"])
 def test_import_patch_and_unpatch_in_any_order(
     name: str, imported: str, services, http_server: CountingHTTPServer
 ) -> None:
@@ -80,7 +92,7 @@ from puff_patch.patches import PATCHES
 
 NAMES = list(PATCHES) if {name!r} == "all" else [{name!r}]
 MODULES = [module for name in NAMES for module in state.LIBRARIES[name]]
-if "django" in NAMES:
+if any(name.startswith("django") for name in NAMES):
     from django.conf import settings
     settings.configure()
 state.import_all(state.STDLIB)
