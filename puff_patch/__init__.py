@@ -99,4 +99,4 @@ def close_pools() -> None:
         pool.close()
     http = sys.modules.get("puff_patch.pools.http")
     if http is not None:
-        http.close_shared_adapter()
+        http.close_connections()

@@ -106,6 +106,7 @@ class Config:
         unpooled_postgres: patterns of the PostgreSQL servers whose connections are not, see `pools_postgres`.
         postgres_pool: defaults for every PostgreSQL pool.
         redis_pool: defaults for every Redis pool.
+        redis_blocking_pool: beside each of these, for commands that wait for others, and subscriptions.
         http_pool: defaults for the connections to one host that `requests` shares.
         slow_checkout_ms: milliseconds in the queue of a pool after which a warning tells who holds its
             connections; 0 for never.
@@ -121,7 +122,8 @@ class Config:
     pool_postgres: bool = True
     unpooled_postgres: tuple[str, ...] = ()
     postgres_pool: PoolOptions = PoolOptions()
-    redis_pool: PoolOptions = PoolOptions(max_size=50)
+    redis_pool: PoolOptions = PoolOptions(max_size=100)  # as redis-py's own
+    redis_blocking_pool: PoolOptions = PoolOptions(max_size=1000, max_idle=60.0)
     http_pool: PoolOptions = PoolOptions(max_size=100)
     slow_checkout_ms: float = 1000.0
     blocked_hub_ms: float | None = None
@@ -172,7 +174,8 @@ class Config:
             ConfigError: a variable has a value that cannot be used.
         """
         urls: dict[str, dict[str, str]] = {"POSTGRES": {}, "REDIS": {}}
-        pools: dict[str, dict[str, str]] = {"POSTGRES": {}, "REDIS": {}, "HTTP": {}}
+        kinds = ("POSTGRES", "REDIS", "REDIS_BLOCKING", "HTTP")
+        pools: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
         for variable, value in environ.items():
             if not variable.startswith("PUFF_"):
                 continue
@@ -199,6 +202,7 @@ class Config:
             unpooled_postgres=_patterns(environ, "PUFF_POSTGRES_UNPOOLED"),
             postgres_pool=pool("POSTGRES", defaults.postgres_pool),
             redis_pool=pool("REDIS", defaults.redis_pool),
+            redis_blocking_pool=pool("REDIS_BLOCKING", defaults.redis_blocking_pool),
             http_pool=pool("HTTP", defaults.http_pool),
             slow_checkout_ms=_milliseconds(environ, "PUFF_SLOW_CHECKOUT_MS", defaults.slow_checkout_ms),
             blocked_hub_ms=blocked_hub_ms(environ),

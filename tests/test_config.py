@@ -98,11 +98,13 @@ def test_pool_options_of_each_kind() -> None:
             "PUFF_POSTGRES_POOL_MAX_SIZE": "7",
             "PUFF_POSTGRES_POOL_TIMEOUT": "1.5",
             "PUFF_REDIS_POOL_MAX_WAITING": "100",
+            "PUFF_REDIS_BLOCKING_POOL_MAX_SIZE": "7",
             "PUFF_HTTP_POOL_MAX_IDLE": "30",
         }
     )
     assert found.postgres_pool == PoolOptions(max_size=7, timeout=1.5)
-    assert found.redis_pool == PoolOptions(max_size=50, max_waiting=100)
+    assert found.redis_pool == PoolOptions(max_size=100, max_waiting=100)
+    assert found.redis_blocking_pool == PoolOptions(max_size=7, max_idle=60)
     assert found.http_pool == PoolOptions(max_size=100, max_idle=30)
 
 

@@ -6,12 +6,13 @@ import os
 import sys
 
 from puff_patch.config import blocked_hub_ms
-from puff_patch.patches import django, psycopg, psycopg2, redis, requests, sockets, sqlalchemy
+from puff_patch.patches import django, django_redis, psycopg, psycopg2, redis, requests, sockets, sqlalchemy
 from puff_patch.patches.base import Patch
 
 #: In the order in which they are applied; the standard library comes first.
 PATCHES: dict[str, Patch] = {
-    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, psycopg, redis, requests, django, sqlalchemy)
+    module.PATCH.name: module.PATCH
+    for module in (sockets, psycopg2, psycopg, redis, requests, django, django_redis, sqlalchemy)
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
@@ -26,6 +27,7 @@ def patch_all(
     redis: bool = True,
     requests: bool = True,
     django: bool = True,
+    django_redis: bool = True,
     sqlalchemy: bool = True,
 ) -> None:
     """Make this process cooperative and pooled.  Call it once, in the first lines of the program.
@@ -41,6 +43,7 @@ def patch_all(
         redis: clients of redis-py wait for a connection when their pool is full.
         requests: sessions share their connections.
         django: Django's own PostgreSQL and Redis backends share what they otherwise build per greenlet.
+        django_redis: caches of django-redis wait for a connection when their pool is full.
         sqlalchemy: SQLAlchemy's own pool is the only one of its engines.
 
     Raises:
@@ -59,6 +62,7 @@ def patch_all(
         "redis": redis,
         "requests": requests,
         "django": django,
+        "django_redis": django_redis,
         "sqlalchemy": sqlalchemy,
     }
     fresh = []

@@ -21,29 +21,28 @@ class RequestsPatch(Patch):
     requires = ("requests", (2, 32))
 
     def apply(self, module: ModuleType) -> None:
-        """Let new sessions start with the shared adapter; adapters a caller mounts are left alone."""
+        """Let new sessions start with adapters over shared connections; a caller's own adapters are left alone."""
         session_class = module.Session
         original = session_class.__init__
 
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            from puff_patch.pools.http import shared_adapter
+            from puff_patch.pools.http import SessionAdapter
 
             original(self, *args, **kwargs)
-            adapter = shared_adapter()
             for prefix, mounted in list(self.adapters.items()):
                 # Only requests' own default: a subclass may have mounted something else in its __init__.
                 if type(mounted) is module.adapters.HTTPAdapter and prefix in ("http://", "https://"):
-                    self.adapters[prefix] = adapter
+                    self.adapters[prefix] = SessionAdapter()
 
         self.ledger.replace(session_class, "__init__", __init__)
-        self.ledger.on_restore(_close_shared_adapter)
+        self.ledger.on_restore(_close_connections)
 
 
-def _close_shared_adapter() -> None:
+def _close_connections() -> None:
     http = sys.modules.get("puff_patch.pools.http")
     if http is not None:
-        http.close_shared_adapter()
+        http.close_connections()
 
 
 PATCH = RequestsPatch()

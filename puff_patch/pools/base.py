@@ -136,6 +136,8 @@ class Pool(Generic[C]):
     kind: ClassVar[str] = "other"
     #: How a user raises max_size, for the message of `PoolTimeout`.
     how_to_grow: ClassVar[str] = "raise max_size"
+    #: Whether `_reset` has anything to do.  If not, the connection returned last is the next to be handed out.
+    needs_reset: ClassVar[bool] = True
 
     def __init__(self, name: str, options: PoolOptions) -> None:
         self.options = options
@@ -221,6 +223,25 @@ class Pool(Generic[C]):
         self._leased.add(slot)
         return slot
 
+    def checkout_from(self, other: Pool[C]) -> Slot[C]:
+        """Take a place here for a connection of another pool, whose own place is free again at once.
+
+        Raises:
+            PoolTimeout, TooManyRequests, PoolClosed: of either pool.
+            Exception: whatever the driver raises when it cannot connect.
+        """
+        slot = self._take(self.options.timeout, time.monotonic())
+        try:
+            self._discard_connection(slot)
+            lease = other.checkout()
+        except BaseException:
+            self._give_back(slot)
+            raise
+        slot.connection, slot.dirty = lease.connection, lease.dirty
+        slot.epoch, slot.expires_at, slot.leased_at = self._epoch, lease.expires_at, lease.leased_at
+        other.reclaim(lease)
+        return slot
+
     def checkin(self, slot: Slot[C], connection: C, *, reusable: bool = True) -> None:
         """Return a slot taken with `checkout`.  Never waits, never raises for a broken connection.
 
@@ -239,7 +260,7 @@ class Pool(Generic[C]):
         if not reusable or self._closed or slot.epoch != self._epoch or now >= slot.expires_at:
             self._discard_connection(slot)
         else:
-            slot.dirty = True
+            slot.dirty = self.needs_reset
             slot.returned_at = now
         self._give_back(slot)
 
@@ -581,8 +602,12 @@ class Pool(Generic[C]):
 
     def drain(self) -> None:
         """Close idle connections now and leased ones at their return; new ones take their place."""
+        self._epoch += 1
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close idle connections now; leased ones are left alone."""
         with self._lock:
-            self._epoch += 1
             slots = []
             while (slot := self._pop_idle()) is not None:
                 self._size -= 1

@@ -6,16 +6,18 @@ redis-py's pool raises when it is full; this one makes the next command wait its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import redis
 from gevent.monkey import get_original
 from redis.backoff import EqualJitterBackoff
 from redis.retry import Retry
+from redis.sentinel import SentinelConnectionPool, SentinelManagedConnection
 
 from puff_patch.config import PoolOptions, current, unreachable_hint
 from puff_patch.pools import base
 from puff_patch.pools.base import Pool, Slot
+from puff_patch.pools.redis_blocking import Use, current_use, took_one
 
 
 class PoolTimeout(base.PoolTimeout, redis.exceptions.ConnectionError):
@@ -31,13 +33,14 @@ class PoolClosed(base.PoolClosed, redis.exceptions.ConnectionError):
 
 
 class _Connections(Pool[Any]):
-    """The bounded pool inside a `RedisPool`."""
+    """A bounded pool inside a `RedisPool`."""
 
     PoolTimeout = PoolTimeout
     TooManyRequests = TooManyRequests
     PoolClosed = PoolClosed
     kind = "redis"
     how_to_grow: ClassVar[str] = "raise max_size (PUFF_REDIS_POOL_MAX_SIZE, or max_connections of the client)"
+    needs_reset = False  # redis-py leaves a connection clean, or disconnects it
 
     def __init__(
         self, name: str, options: PoolOptions, make: Callable[[], Any], may_push: Callable[[], bool]
@@ -56,13 +59,12 @@ class _Connections(Pool[Any]):
             # Caused by the socket; else the server was reached, and says why it will not serve.
             if not isinstance(error, expected) or not isinstance(error.__context__, OSError):
                 raise
+            if isinstance(connection, SentinelManagedConnection):
+                raise  # where it connects to is not the user's choice
             raise type(error)(
                 f"cannot reach Redis at {self.name}: {error}\n{unreachable_hint('redis')}"
             ) from error
         return connection
-
-    def _reset(self, connection: Any) -> None:
-        """Nothing: redis-py leaves a connection clean, or disconnects it."""
 
     def _check(self, connection: Any) -> bool:
         if not _is_connected(connection):
@@ -81,8 +83,23 @@ class _Connections(Pool[Any]):
         """Nothing: dropping it closes the child's descriptor only."""
 
 
-class RedisPool(redis.ConnectionPool):
-    """A `redis.ConnectionPool` that waits when it is full.
+class _BlockingConnections(_Connections):
+    """The one beside it, for what would keep the others waiting."""
+
+    how_to_grow: ClassVar[str] = "raise PUFF_REDIS_BLOCKING_POOL_MAX_SIZE"
+
+
+if TYPE_CHECKING:
+    _Before = redis.ConnectionPool  # what the mixin stands before
+else:
+    _Before = object
+
+
+class _Waiting(_Before):
+    """What makes one of redis-py's pools wait when it is full; stands before it among a class's bases.
+
+    Commands that wait for others (BLPOP, ...) and subscriptions have connections beside the pool's own, so that
+    no number of them keeps a GET waiting; see `puff_patch.pools.redis_blocking`.
 
     Args:
         max_connections: connections that may be open at once; the configured default if None.
@@ -97,17 +114,37 @@ class RedisPool(redis.ConnectionPool):
         timeout: float | None = None,
         **connection_kwargs: Any,
     ) -> None:
-        configured = current().redis_pool
-        connection_kwargs["max_connections"] = max_connections or configured.max_size
+        config = current()
+        connection_kwargs["max_connections"] = max_connections or config.redis_pool.max_size
         super().__init__(*args, **connection_kwargs)
-        overrides: dict[str, Any] = {"max_size": self.max_connections, "min_size": 0}
-        if timeout is not None:
-            overrides["timeout"] = timeout
-        options = configured.merged(overrides, where="Redis pool options")
-        self._leased: dict[Any, Slot[Any]] = {}
-        self._connections = _Connections(
-            display_name(self.connection_kwargs), options, self._make_connection, self._may_push
+        patience = {} if timeout is None else {"timeout": timeout}
+        options = config.redis_pool.merged(
+            {"max_size": self.max_connections, "min_size": 0, **patience}, where="Redis pool options"
         )
+        self._blocking_options = config.redis_blocking_pool.merged(
+            {"min_size": 0, **patience}, where="Redis pool options"
+        )
+        self._leased: dict[Any, tuple[_Connections, Slot[Any]]] = {}
+        self._connections = _Connections(self._display_name(), options, self._make_connection, self._may_push)
+        self._blocking: _Connections | None = None  # most clients never need it
+
+    def _display_name(self) -> str:
+        return display_name(self.connection_kwargs)
+
+    def _blocking_connections(self) -> _Connections:
+        if self._blocking is None:
+            with self._lock:
+                if self._blocking is None:
+                    self._blocking = _BlockingConnections(
+                        f"{self._display_name()} blocking",
+                        self._blocking_options,
+                        self._make_connection,
+                        self._may_push,
+                    )
+        return self._blocking
+
+    def _pools(self) -> list[_Connections]:
+        return [pool for pool in (self._connections, self._blocking) if pool is not None]
 
     def _make_connection(self) -> Any:
         # redis-py counts what it makes, but never what is dropped: the bound is ours to keep.
@@ -119,14 +156,19 @@ class RedisPool(redis.ConnectionPool):
         enabled: Callable[[], bool] = getattr(self, "maint_notifications_enabled", bool)
         return self.cache is not None or enabled()
 
+    def _is_current(self, connection: Any) -> bool:
+        """Whether a connection leads where a new one would."""
+        return True
+
     def reset(self) -> None:
         """Forget all connections, as `redis.ConnectionPool.reset` does."""
         super().reset()
         if "_connections" in vars(self):  # redis-py's __init__ calls this first
             leased, self._leased = self._leased, {}
-            for slot in leased.values():
-                self._connections.reclaim(slot)
-            self._connections.drain()
+            for pool, slot in leased.values():
+                pool.reclaim(slot)
+            for pool in self._pools():
+                pool.drain()
 
     def get_connection(self, command_name: Any = None, *keys: Any, **options: Any) -> Any:
         """A connected connection; waits its turn when all are in use.
@@ -135,26 +177,39 @@ class RedisPool(redis.ConnectionPool):
             PoolTimeout, TooManyRequests, PoolClosed: see there.
             redis.exceptions.ConnectionError: the server cannot be reached.
         """
-        slot = self._connections.checkout()
+        use = current_use()
+        if use is None or use is Use.SEVERAL:
+            pool = self._connections
+            slot = pool.checkout()
+            if use is not None:
+                took_one()
+        else:
+            pool = self._blocking_connections()
+            slot = pool.checkout() if use is Use.BLOCKING else pool.checkout_from(self._connections)
         connection, slot.connection = slot.connection, None
-        self._leased[connection] = slot
+        self._leased[connection] = pool, slot
         return connection
 
     def release(self, connection: Any) -> None:
         """Return a connection taken with `get_connection`."""
-        slot = self._leased.pop(connection, None)
-        if slot is None:
+        lease = self._leased.pop(connection, None)
+        if lease is None:
             connection.disconnect()  # of another pool, or of this one before a fork or a reset
             return
-        reusable = _is_connected(connection) and not _should_reconnect(connection)
-        self._connections.checkin(slot, connection, reusable=reusable)
+        pool, slot = lease
+        reusable = _is_connected(connection) and not _should_reconnect(connection) and self._is_current(connection)
+        pool.checkin(slot, connection, reusable=reusable)
 
     def disconnect(self, inuse_connections: bool = True) -> None:
         """Disconnect all connections, optionally also those in use; the pool can be used afterwards."""
         if inuse_connections:
             for connection in list(self._leased):
                 connection.disconnect()
-        self._connections.drain()
+        for pool in self._pools():
+            if inuse_connections:
+                pool.drain()
+            else:
+                pool.close_idle()
 
     def close(self) -> None:
         """Disconnect everything, as `redis.ConnectionPool.close` does."""
@@ -163,15 +218,16 @@ class RedisPool(redis.ConnectionPool):
     def set_retry(self, retry: Retry) -> None:
         """Use ``retry`` for every connection from now on, as `redis.ConnectionPool.set_retry` does."""
         super().set_retry(retry)
-        for connection in [*self._connections.idle(), *self._leased]:
+        for connection in [*self._get_free_connections(), *self._leased]:
             connection.retry = retry
 
     def re_auth_callback(self, token: Any) -> None:
         """New credentials: connections made with the old ones are replaced, the leased ones at their return."""
-        self._connections.drain()
+        for pool in self._pools():
+            pool.drain()
 
     def get_stats(self) -> dict[str, int]:
-        """Counters and gauges under psycopg_pool's keys."""
+        """Counters and gauges under psycopg_pool's keys, of the connections for ordinary commands."""
         return self._connections.get_stats()
 
     def pop_stats(self) -> dict[str, int]:
@@ -179,10 +235,28 @@ class RedisPool(redis.ConnectionPool):
         return self._connections.pop_stats()
 
     def _get_free_connections(self) -> set[Any]:
-        return set(self._connections.idle())
+        return {connection for pool in self._pools() for connection in pool.idle()}
 
     def _get_in_use_connections(self) -> set[Any]:
         return set(self._leased)
+
+
+class RedisPool(_Waiting, redis.ConnectionPool):
+    """A `redis.ConnectionPool` that waits when it is full."""
+
+
+class SentinelPool(_Waiting, SentinelConnectionPool):
+    """A `redis.sentinel.SentinelConnectionPool` that waits when it is full."""
+
+    def _display_name(self) -> str:
+        return f"sentinel://{self.proxy.service_name}/{'master' if self.is_master else 'replica'}"
+
+    def _is_current(self, connection: Any) -> bool:
+        return not self.is_master or self.master_address == (connection.host, connection.port)
+
+
+# redis-py puts the name into its repr, and people into the searches of their logs.
+RedisPool.__name__, SentinelPool.__name__ = "ConnectionPool", "SentinelConnectionPool"
 
 
 def _is_connected(connection: Any) -> bool:

@@ -96,8 +96,7 @@ def test_a_full_pool_waits_and_then_says_what_to_raise(backend: str, services) -
         """
 setup(caches={"default": entry(OPTIONS={"client_name": TAG, "max_connections": 1, "timeout": 0.2})})
 client = cache._cache.get_client()
-holder = gevent.spawn(client.blpop, TAG + "-nothing", 0.5)
-gevent.sleep(0.05)
+held = client.connection_pool.get_connection()
 try:
     cache.get("x")
 except redis.ConnectionError as error:
@@ -106,7 +105,7 @@ except redis.ConnectionError as error:
         assert part in str(error), (part, str(error))
 else:
     raise AssertionError("a second connection")
-holder.join()
+client.connection_pool.release(held)
 assert cache.get("x") is None
 assert connections() == 1
 """,
@@ -208,3 +207,91 @@ assert time.monotonic() - started < 5
     assert "127.0.0.1:1" in message
     for way_out in ("start a Redis server", "PUFF_DEFAULT_REDIS_URL", "PUFF_EMBEDDED=1"):
         assert way_out in message
+
+
+def test_django_redis_shares_a_bounded_pool(services) -> None:
+    run(
+        """
+BACKEND = "django_redis.cache.RedisCache"
+kwargs = {"client_name": TAG, "max_connections": 4, "socket_timeout": 30}
+def options(**more):
+    return {"CONNECTION_POOL_KWARGS": dict(kwargs), **more}
+setup(caches={
+    "default": entry(OPTIONS=options()),
+    "other": entry(KEY_PREFIX=TAG + "-2", OPTIONS=options()),
+    # Other classes of pools, here over the same server by another URL, are the user's.
+    "blocking": entry(
+        LOCATION=REDIS_URL + ("&" if "?" in REDIS_URL else "?") + "health_check_interval=60",
+        OPTIONS=options(CONNECTION_POOL_CLASS="redis.BlockingConnectionPool"),
+    ),
+})
+from django_redis import get_redis_connection
+watcher = gevent.spawn(watch)
+def use(n):
+    for alias in caches:
+        caches[alias].set(f"k{n}", f"{alias}{n}")
+        assert caches[alias].get(f"k{n}") == f"{alias}{n}"
+        with caches[alias].lock(f"l{n}", timeout=30):
+            caches[alias].delete(f"k{n}")
+def use_all():
+    gevent.joinall([gevent.spawn(use, n) for n in range(60)], timeout=30, raise_error=True)
+use_all()
+# Waiting commands have connections beside it.
+waiting = [gevent.spawn(get_redis_connection("default").blpop, TAG, 20) for _ in range(10)]
+gevent.sleep(0.05)
+assert most <= 4 + 4, most
+use_all()
+get_redis_connection("default").rpush(TAG, *range(10))
+gevent.joinall(waiting, timeout=10, raise_error=True)
+watcher.kill()
+pools = {alias: get_redis_connection(alias).connection_pool for alias in caches}
+assert pools["default"] is pools["other"]
+assert type(pools["blocking"]) is redis.BlockingConnectionPool
+assert len([name for name in puff_patch.stats() if "blocking" not in name]) == 2  # admin's is one of them
+pools["blocking"].disconnect()
+puff_patch.unpatch_all()
+assert type(gevent.spawn(lambda: get_redis_connection("default").connection_pool).get()) is redis.ConnectionPool
+get_redis_connection("default").connection_pool.disconnect()
+""",
+        services,
+    )
+
+
+@pytest.mark.parametrize("engine", ["cache", "cached_db"])
+def test_sessions_on_the_cache(engine: str, services) -> None:
+    run(
+        f"""
+setup(
+    databases={{"default": database("django_backend.postgresql")}},
+    caches={{"default": entry(OPTIONS={{"client_name": TAG, "max_connections": 3}})}},
+    SECRET_KEY="only for this test",
+    SESSION_ENGINE="django.contrib.sessions.backends.{engine}",
+    INSTALLED_APPS=["django.contrib.sessions"],
+)
+"""
+        + """
+from importlib import import_module
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connection
+if settings.SESSION_ENGINE.endswith("cached_db"):
+    call_command("migrate", verbosity=0)
+SessionStore = import_module(settings.SESSION_ENGINE).SessionStore
+watcher = gevent.spawn(watch)
+def visit(number):
+    session = SessionStore()
+    session["number"] = number
+    session.save()
+    again = SessionStore(session.session_key)
+    assert again["number"] == number
+    again["number"] = -number
+    again.save()
+    assert SessionStore(session.session_key)["number"] == -number
+    again.flush()
+    assert not again.exists(session.session_key)
+gevent.joinall([gevent.spawn(visit, number) for number in range(100)], timeout=40, raise_error=True)
+watcher.kill()
+assert 1 <= most <= 3, most
+""",
+        services,
+    )

@@ -45,9 +45,10 @@ LIBRARIES = {
     "sockets": [],
     "psycopg2": ["psycopg2", "psycopg2.extensions", "psycopg2.pool", "psycopg2._psycopg"],
     "psycopg": ["psycopg", "psycopg.waiting", "psycopg.connection", "psycopg._acompat", "psycopg.conninfo"],
-    "redis": ["redis", "redis.client", "redis.connection"],
+    "redis": ["redis", "redis.client", "redis.cluster", "redis.connection", "redis.sentinel"],
     "requests": ["requests", "requests.sessions", "requests.adapters", "requests.api"],
     "django": ["django.core.cache.backends.redis", "django.db.backends.postgresql.base"],
+    "django_redis": ["django_redis.pool"],
     "sqlalchemy": ["sqlalchemy.pool", "sqlalchemy.pool.impl", "sqlalchemy.dialects.postgresql.psycopg2"],
 }
 # What changes with time, or is made anew at each look.

@@ -76,6 +76,18 @@ def django():
         for cache in (one, other):
             cache._cache.get_client().connection_pool.disconnect()
 
+def django_redis():
+    import redis
+    from django_redis.pool import ConnectionFactory
+    factory = ConnectionFactory({})
+    client = factory.connect(os.environ["PUFF_DEFAULT_REDIS_URL"])
+    assert client.ping()
+    try:
+        return type(client.connection_pool) is not redis.ConnectionPool
+    finally:
+        client.connection_pool.disconnect()
+        factory._pools.clear()
+
 def sqlalchemy():
     import types
     from puff_patch.patches import PATCHES
@@ -104,7 +116,7 @@ from puff_patch.patches import PATCHES
 
 NAMES = list(PATCHES) if {name!r} == "all" else [{name!r}]
 MODULES = [module for name in NAMES for module in state.LIBRARIES[name]]
-if "django" in NAMES:
+if any(name.startswith("django") for name in NAMES):
     from django.conf import settings
     settings.configure()
 state.import_all(state.STDLIB)

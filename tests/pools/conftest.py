@@ -9,7 +9,7 @@ import psycopg
 import psycopg2
 import pytest
 from psycopg2 import extensions
-from support.drivers import Driver, Fake, Postgres, Psycopg, Redis, Sql
+from support.drivers import Driver, Fake, Http, Postgres, Psycopg, Redis, Sql
 
 from puff_patch.patches.base import Ledger
 from puff_patch.patches.psycopg import make_cooperative
@@ -63,7 +63,7 @@ def sql(
         pool.close()
 
 
-@pytest.fixture(params=["fake", "psycopg2", "psycopg", "redis"])
+@pytest.fixture(params=["fake", "psycopg2", "psycopg", "redis", "http"])
 def driver(
     request: pytest.FixtureRequest, cooperative_psycopg2: None, cooperative_psycopg: None
 ) -> Iterator[Driver]:
@@ -75,6 +75,8 @@ def driver(
         made = Postgres(request.getfixturevalue("postgres_url"))
     elif request.param == "psycopg":
         made = Psycopg(request.getfixturevalue("postgres_url"))
+    elif request.param == "http":
+        made = Http(request.getfixturevalue("http_server"))
     else:
         made = Redis(request.getfixturevalue("redis_url"))
     yield made

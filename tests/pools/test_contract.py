@@ -78,6 +78,26 @@ def is_whole(driver: Driver, pool: Any) -> None:
         driver.give(pool, leases.pop())
 
 
+def skip_without_reset(core: Pool[Any]) -> None:
+    if not core.needs_reset:
+        pytest.skip("there is nothing to reset")
+
+
+def test_the_one_returned_last_is_the_next_where_there_is_nothing_to_reset(driver: Driver) -> None:
+    pool = driver.make(max_size=3)
+    if driver.core(pool).needs_reset:
+        pytest.skip("one that is clean comes first")
+    leases = [driver.take(pool) for _ in range(3)]
+    last = driver.session(leases[1])
+    for number in (0, 2, 1):
+        driver.give(pool, leases[number])
+    del leases
+    for _ in range(3):
+        connection = driver.take(pool)
+        assert driver.session(connection) == last
+        driver.give(pool, connection)
+
+
 def test_never_more_than_max_size(driver: Driver) -> None:
     pool = driver.make(max_size=5)
     held, most, seen = 0, 0, set()
@@ -294,6 +314,7 @@ def test_killed_while_connecting_or_resetting(driver: Driver, step: str) -> None
     pool = driver.make(max_size=1)
     core = driver.core(pool)
     if step == "_reset":
+        skip_without_reset(core)
         driver.give(pool, driver.take(pool))  # dirty: the next one resets it, before the janitor runs
     gate = Gate(core, step)
     worker = gevent.spawn(driver.take, pool)
@@ -313,6 +334,7 @@ def test_killed_while_connecting_or_resetting(driver: Driver, step: str) -> None
 def test_a_connection_that_cannot_be_reset_is_replaced(driver: Driver) -> None:
     pool = driver.make(max_size=1)
     core = driver.core(pool)
+    skip_without_reset(core)
     connection = driver.take(pool)
     old = driver.session(connection)
     gate = Gate(core, "_reset")
@@ -406,6 +428,8 @@ def test_idle_connections_are_closed_down_to_min_size(driver: Driver) -> None:
 
 
 def test_min_size_is_opened_and_refilled(driver: Driver) -> None:
+    if driver.name == "http":
+        pytest.skip("has no min_size: urllib3 connects when it has a request")
     pool = driver.make(min_size=2, max_size=4)
     core = driver.core(pool)
     core.open()
@@ -457,6 +481,7 @@ def test_drain_replaces_idle_and_leased_ones(driver: Driver) -> None:
 def test_no_connection_escapes_the_end_while_the_janitor_has_it(driver: Driver, end: str) -> None:
     pool = driver.make(max_size=1)
     core = driver.core(pool)
+    skip_without_reset(core)
     connection = driver.take(pool)
     old = driver.session(connection)
     gate = Gate(core, "_reset")
@@ -509,7 +534,7 @@ def test_statistics_have_the_keys_of_psycopg_pool(driver: Driver) -> None:
     assert stats["usage_ms"] >= 20
     assert all(isinstance(value, int) for value in stats.values())
 
-    assert pool.pop_stats() == stats
+    assert core.pop_stats() == stats
     after = core.get_stats()
     gauges = ("pool_min", "pool_max", "pool_size", "pool_available", "requests_waiting")
     assert after == {key: stats[key] if key in gauges else 0 for key in stats}

@@ -10,6 +10,8 @@ import pytest
 from support.process import run_python
 from support.servers import RedisProxy
 
+from puff_patch.pools.redis_blocking import Use, use_of
+
 PATCHED = """
 import puff_patch; puff_patch.patch_all()
 import gc, gevent, random, redis
@@ -394,6 +396,156 @@ with pool:
     client = redis.Redis(connection_pool=pool)
     assert client.ping()
 at_most(0)
+""",
+        services,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "use"),
+    [
+        *[
+            ((name, "key", 0), Use.BLOCKING)
+            for name in ("BLPOP", "brpop", b"BLMOVE", "BRPOPLPUSH", "BLMPOP", "BZPOPMIN", "BZPOPMAX", b"bzmpop")
+        ],
+        (("XREAD", b"COUNT", b"1", b"BLOCK", b"0", b"STREAMS", "s", "$"), Use.BLOCKING),
+        (("XREAD BLOCK", 0, "STREAMS", "s", "$"), Use.BLOCKING),
+        (("XREADGROUP", "GROUP", "g", "c", "block", 10, "STREAMS", "s", ">"), Use.BLOCKING),
+        (("MONITOR",), Use.BLOCKING),
+        (("SUBSCRIBE", "channel"), Use.BLOCKING),
+        (("WAIT", 1, 0), Use.SETTLING),
+        (("WAITAOF", 1, 0, 0), Use.SETTLING),
+        # These answer at once, whatever the words in them.
+        (("XREAD", "COUNT", 1, "STREAMS", "BLOCK", 0), None),
+        (("XREADGROUP", "GROUP", "BLOCK", "BLOCK", "STREAMS", "s", ">"), None),
+        (("GET", "BLPOP"), None),
+        (("SET", "k", "BLOCK"), None),
+        (("",), None),
+        ((" ",), None),
+        ((7,), None),
+        ((), None),
+    ],
+)
+def test_which_commands_wait(command: tuple[Any, ...], use: Use | None) -> None:
+    assert use_of(command) is use
+
+
+def test_no_number_of_waiting_commands_keeps_others_waiting(services) -> None:
+    run(
+        """
+client = make(2)
+newer = int(client.info("server")["redis_version"].split(".")[0]) >= 7
+client.xgroup_create(TAG + "-stream", "group", mkstream=True)
+KINDS = {
+    "blpop": lambda: client.blpop(TAG, 30),
+    "brpop": lambda: client.brpop(TAG, 30),
+    "blmove": lambda: client.blmove(TAG, TAG + "-other", 30),
+    "brpoplpush": lambda: client.brpoplpush(TAG, TAG + "-other", 30),
+    "bzpopmin": lambda: client.bzpopmin(TAG + "-zset", 30),
+    "bzpopmax": lambda: client.bzpopmax(TAG + "-zset", 30),
+    "xread": lambda: client.xread({TAG + "-stream": "$"}, block=30000),
+    "xreadgroup": lambda: client.xreadgroup("group", "me", {TAG + "-stream": ">"}, block=30000),
+    "raw": lambda: client.execute_command("blpop", TAG, 30),
+    "pipeline": lambda: client.pipeline(transaction=False).blpop(TAG, 30).execute(),
+}
+if newer:
+    KINDS["blmpop"] = lambda: client.blmpop(30, 1, TAG, direction="LEFT")
+    KINDS["bzmpop"] = lambda: client.bzmpop(30, 1, [TAG + "-zset"], min=True)
+waiting = [gevent.spawn(wait) for wait in KINDS.values() for _ in range(5)]
+subscriptions = [client.pubsub() for _ in range(5)]
+for subscription in subscriptions:
+    subscription.subscribe(TAG)
+monitors = [client.monitor().__enter__() for _ in range(2)]
+with gevent.Timeout(5):
+    while admin.info("clients")["blocked_clients"] < len(waiting):
+        gevent.sleep(0.005)
+
+def ordinary():
+    client.set(TAG + "-key", 1, ex=60)
+    assert client.get(TAG + "-key") == "1"
+    # Inside MULTI they do not wait, and without BLOCK neither do these.
+    assert client.pipeline().blpop(TAG + "-none", 30).execute() == [None]
+    assert not client.xread({TAG + "-stream": "$"})
+    assert not client.xreadgroup("group", "me", {TAG + "-stream": ">"})
+with gevent.Timeout(5):
+    gevent.joinall([gevent.spawn(ordinary) for _ in range(20)], raise_error=True)
+assert not any(greenlet.dead for greenlet in waiting)
+
+def stats():
+    for name, found in puff_patch.stats().items():
+        if name.endswith(" blocking"):
+            return found
+held = len(waiting) + len(subscriptions) + len(monitors)
+assert client.connection_pool.get_stats()["pool_size"] <= 2
+assert stats()["pool_size"] == held and stats()["connections_num"] == held, stats()
+assert connections() <= held + 2
+# All are woken, and each gets what it asked for.
+with gevent.Timeout(10):
+    while not all(greenlet.dead for greenlet in waiting):
+        client.rpush(TAG, *range(40))
+        client.zadd(TAG + "-zset", {str(number): number for number in range(20)})
+        client.xadd(TAG + "-stream", {"a": 1})
+        gevent.sleep(0.01)
+gevent.joinall(waiting, raise_error=True)
+assert all(greenlet.value for greenlet in waiting)
+for subscription in subscriptions:
+    subscription.close()
+for monitor in monitors:
+    monitor.__exit__(None, None, None)
+# Their connections serve again.
+assert stats()["pool_available"] == len(waiting), stats()
+client.delete(TAG)
+assert client.blpop(TAG, 0.01) is None
+assert stats()["connections_num"] == held
+for key in client.scan_iter(TAG + "*"):
+    client.delete(key)
+client.close()
+at_most(0)
+""",
+        services,
+    )
+
+
+def test_waiting_commands_have_a_bound_of_their_own(services) -> None:
+    run(
+        """
+client = make(1)
+waiting = [gevent.spawn(client.blpop, TAG, 1) for _ in range(2)]
+gevent.sleep(0.1)
+try:
+    client.blpop(TAG, 1)
+except redis.ConnectionError as error:
+    assert "2 (max_size)" in str(error) and "PUFF_REDIS_BLOCKING_POOL_MAX_SIZE" in str(error), error
+else:
+    raise AssertionError("a third connection")
+assert client.ping()
+gevent.joinall(waiting, raise_error=True)
+""",
+        services,
+        PUFF_REDIS_BLOCKING_POOL_MAX_SIZE="2",
+        PUFF_REDIS_BLOCKING_POOL_TIMEOUT="0.1",
+    )
+
+
+def test_wait_waits_for_what_was_written_before(services) -> None:
+    """The server looks only at what came over the same connection, which others must not wait for either."""
+    run(
+        """
+client = make(1)
+for _ in range(2):
+    client.set(TAG, 1, ex=60)
+    mine = client.client_id()
+    waiter = gevent.spawn(client.wait, 5, 300)
+    with gevent.Timeout(5):
+        found = []
+        while not found:
+            gevent.sleep(0.005)
+            found = [each["id"] for each in admin.client_list() if each["cmd"] == "wait" and each["name"] == TAG]
+    assert found == [str(mine)], (found, mine)
+    with gevent.Timeout(0.2):
+        assert client.get(TAG) == "1"
+    assert isinstance(waiter.get(timeout=5), int)
+client.delete(TAG)
 """,
         services,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,15 +14,19 @@ import gevent
 import psycopg
 import psycopg2
 import redis
+import requests
 from psycopg2 import _psycopg, extensions
+from urllib3 import HTTPConnectionPool
+from urllib3.exceptions import EmptyPoolError
 
 from puff_patch.config import PoolOptions
-from puff_patch.pools import base
+from puff_patch.pools import base, http
 from puff_patch.pools.base import Discard, Pool
 from puff_patch.pools.postgres import PostgresPool
 from puff_patch.pools.psycopg import PsycopgPool
 from puff_patch.pools.redis import RedisPool
 from puff_patch.pools.servers import ServerPool
+from support.servers import CountingHTTPServer
 
 
 class Driver:
@@ -250,6 +255,50 @@ class Sql:
         )
         self.pools.append(pool)
         return pool
+
+
+class Http(Driver):
+    name = "http"
+    operational_error = requests.exceptions.ConnectionError
+
+    def __init__(self, server: CountingHTTPServer) -> None:
+        super().__init__()
+        self.server = server
+
+    def _make(self, options: PoolOptions) -> Any:
+        pool = http._bounded(HTTPConnectionPool)("127.0.0.1", self.server.server_port)
+        pool._connections.options = options
+        return pool
+
+    def core(self, pool: Any) -> Pool[Any]:
+        core: Pool[Any] = pool._connections
+        return core
+
+    def take(self, pool: Any) -> Any:
+        try:
+            connection = pool._get_conn()
+        except EmptyPoolError as error:
+            raise error.__cause__ or error from None
+        if connection.sock is None:
+            connection.connect()  # as urllib3 does before the first request
+        return connection
+
+    def give(self, pool: Any, connection: Any) -> None:
+        pool._put_conn(connection)
+
+    def session(self, connection: Any) -> int:
+        try:
+            connection.request("GET", "/session", preload_content=True)
+            return int(connection.getresponse().data)
+        except OSError as error:
+            connection.close()  # as urllib3 does
+            raise requests.exceptions.ConnectionError from error
+
+    def sessions(self) -> set[int]:
+        return set(self.server.sessions)
+
+    def end_session(self, session: int) -> None:
+        self.server.sessions[session].shutdown(socket.SHUT_RDWR)
 
 
 MakeDriver = Callable[[], Driver]
