@@ -109,7 +109,9 @@ def make_cooperative(ledger: Ledger) -> None:
     # the standard library has then.
     native = sockets.PATCH.ledger.original
     for module in (_acompat, connection):
-        if module.Lock is threading.Lock:
+        if "Lock" not in vars(module):
+            continue  # before 3.3, only the second has it
+        if vars(module)["Lock"] is threading.Lock:
             ledger.record(module, "Lock", native(threading, "Lock"), alias=True)
         ledger.replace(module, "Lock", LockType, alias=True)
     if vars(waiting)["DefaultSelector"] is selectors.DefaultSelector:
