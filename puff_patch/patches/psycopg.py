@@ -99,6 +99,7 @@ def make_cooperative(ledger: Ledger) -> None:
     Args:
         ledger: keeps the originals.
     """
+    import gevent
     from gevent.thread import LockType  # type: ignore[import-not-found]
     from psycopg import Connection, _acompat, connection, errors, waiting
 
@@ -108,7 +109,9 @@ def make_cooperative(ledger: Ledger) -> None:
     # the standard library has then.
     native = sockets.PATCH.ledger.original
     for module in (_acompat, connection):
-        if module.Lock is threading.Lock:
+        if "Lock" not in vars(module):
+            continue  # before 3.3, only the second has it
+        if vars(module)["Lock"] is threading.Lock:
             ledger.record(module, "Lock", native(threading, "Lock"), alias=True)
         ledger.replace(module, "Lock", LockType, alias=True)
     if vars(waiting)["DefaultSelector"] is selectors.DefaultSelector:
@@ -136,8 +139,9 @@ def make_cooperative(ledger: Ledger) -> None:
 
         if capabilities.has_cancel_safe():
             self.cancel_safe()
-        else:
-            original_cancel(self)
+        elif self._should_cancel():
+            # libpq before 17 has only this one, which waits in C.
+            gevent.get_hub().threadpool.apply(self.pgconn.get_cancel().cancel)
 
     ledger.replace(Connection, "wait", wait_or_stop)
     ledger.replace(Connection, "cancel", cancel)

@@ -1,4 +1,4 @@
-"""`psycopg2.connect` after `patch_all`."""
+"""`psycopg2.connect` after `patch_all`; what takes a ``driver`` is the same with psycopg 3."""
 
 from __future__ import annotations
 
@@ -66,16 +66,34 @@ watcher = gevent.spawn(watch)
 """
 
 
-def test_two_thousand_greenlets_over_eight_connections(services) -> None:
+# psycopg 3 warns of connections that are dropped.
+UNCLOSED = "import warnings; warnings.simplefilter('ignore', ResourceWarning)\n"
+
+
+def program(driver: str, code: str) -> str:
+    """This code, which is written for psycopg2, after `patch_all` with either driver."""
+    text = PATCHED + code
+    if driver == "psycopg":
+        text = text.replace(", psycopg2.extras\nfrom psycopg2 import extensions\n", "\n" + UNCLOSED)
+    return text.replace("psycopg2", driver)
+
+
+both_drivers = pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+
+
+@both_drivers
+def test_two_thousand_greenlets_over_eight_connections(driver: str, services) -> None:
     told = run_python(
-        PATCHED
-        + STRESS
-        + """
+        program(
+            driver,
+            STRESS
+            + """
 workers = [gevent.spawn(query, 0.001) for _ in range(2000)]
 gevent.joinall(workers, raise_error=True)
 whole()
 report([counts["answered"], most, list(puff_patch.stats().values())[0]])
 """,
+        ),
         env=services.env(),
     )
     answered, most, stats = told
@@ -85,12 +103,14 @@ report([counts["answered"], most, list(puff_patch.stats().values())[0]])
     assert stats["requests_errors"] == 0
 
 
-def test_random_kills_and_time_outs_do_not_poison_the_pool(services) -> None:
+@both_drivers
+def test_random_kills_and_time_outs_do_not_poison_the_pool(driver: str, services) -> None:
     """Every query checks that its answer is its own."""
     told = run_python(
-        PATCHED
-        + STRESS
-        + """
+        program(
+            driver,
+            STRESS
+            + """
 end = time.monotonic() + 2.5
 workers = [gevent.spawn(work, end) for _ in range(2000)]
 def hasty():
@@ -123,6 +143,7 @@ while ask(admin, SESSIONS) > 8:
     gevent.sleep(0.01)
 report([counts, list(puff_patch.stats().values())[0]])
 """,
+        ),
         env=services.env(),
     )
     counts, stats = told
@@ -133,11 +154,13 @@ report([counts, list(puff_patch.stats().values())[0]])
     assert stats["requests_waiting"] == 0
 
 
-def test_a_fork_shares_no_connection(services) -> None:
+@both_drivers
+def test_a_fork_shares_no_connection(driver: str, services) -> None:
     """The child connects anew; the parent's leases and idle connections work on, whatever the child does."""
     run_python(
-        PATCHED
-        + """
+        program(
+            driver,
+            """
 import gc
 held = psycopg2.connect(URL)
 session = ask(held, "SELECT pg_backend_pid()")
@@ -172,14 +195,17 @@ for ending in ("close", "drop", "exit", "unpatch"):
     gevent.sleep(0.05)
 held.close()
 """,
+        ),
         env=services.env(),
     )
 
 
-def test_options_of_the_pool(services) -> None:
+@both_drivers
+def test_options_of_the_pool(driver: str, services) -> None:
     run_python(
-        PATCHED
-        + """
+        program(
+            driver,
+            """
 import puff_patch.config
 assert "did you mean 'max_size'?" in refused(puff_patch.config.ConfigError, URL, pool={"max_sice": 8})
 assert "max_size takes a number" in refused(puff_patch.config.ConfigError, URL, pool={"max_size": "many"})
@@ -193,6 +219,7 @@ second = psycopg2.connect(URL, pool={"max_size": 2})
 assert len(puff_patch.stats()) == 2, puff_patch.stats()
 first.close(), second.close()
 """,
+        ),
         env=services.env(),
     )
 
@@ -331,10 +358,12 @@ assert all(connection.closed for connection in connections)
     )
 
 
-def test_an_unreachable_server_names_all_three_ways_out(tmp_path) -> None:
+@both_drivers
+def test_an_unreachable_server_names_all_three_ways_out(driver: str, tmp_path) -> None:
     message = run_python(
-        PATCHED
-        + """
+        program(
+            driver,
+            """
 import socket
 with socket.create_server(("127.0.0.1", 0)) as listener:
     port = listener.getsockname()[1]
@@ -345,6 +374,7 @@ for url in (f"postgres://me:secret@127.0.0.1:{port}/x", "postgres://me:secret@/x
     assert "secret" not in message.replace("postgres:password", ""), message
 report(message)
 """,
+        ),
         env={"PUFF_DEFAULT_POSTGRES_URL": "", "NOWHERE": str(tmp_path)},
     )
     assert str(tmp_path) in message
