@@ -322,7 +322,7 @@ class Pool(Generic[C]):
             "wait.%s%s",
             self.name,
             now - started,
-            len(self._leased),
+            self._size - len(self._clean) - len(self._dirty),
             self.options.max_size,
             len(self._requests),
             more,
