@@ -573,6 +573,21 @@ def test_statistics_lose_nothing_among_threads() -> None:
     assert sum(popped) + pool.get_stats()["requests_num"] == threads * rounds
 
 
+def test_what_is_counted_while_statistics_are_popped_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Fake().make(max_size=1)
+    read = pool.get_stats
+
+    def read_and_use() -> dict[str, int]:
+        stats = read()
+        slot = pool.checkout()  # as another thread might
+        pool.checkin(slot, slot.connection)
+        return stats
+
+    monkeypatch.setattr(pool, "get_stats", read_and_use)
+    assert pool.pop_stats()["requests_num"] == 0
+    assert read()["requests_num"] == 1
+
+
 def test_names_of_pools_are_unique_and_come_back() -> None:
     first, second = Fake().make(), Fake().make()
     assert {first.name, second.name} <= {pool.name for pool in base.all_pools()}

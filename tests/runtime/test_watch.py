@@ -26,8 +26,8 @@ logging.getLogger("puff_patch.hub").addHandler(told)
 blocking_sleep = get_original("time", "sleep")
 
 def spin(seconds):
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
+    limit = time.thread_time() + seconds  # of work, however busy the machine is
+    while time.thread_time() < limit:
         pass
 
 def soon(condition, seconds=10):
@@ -42,6 +42,8 @@ def test_tells_what_blocked_the_hub_for_how_long_and_where() -> None:
     run_python(
         PRELUDE
         + """
+from puff_patch.runtime import watch
+watch._LONG = 60  # another test's matter
 puff_patch.watch_hub(100)
 
 def outer_function():
@@ -50,10 +52,11 @@ def outer_function():
 def waits_in_c():
     blocking_sleep(0.5)
 
+began = time.thread_time()
+sum(range(3_000_000))
+half_a_second = int(3_000_000 * 0.6 / (time.thread_time() - began))
 def holds_the_gil():
-    limit = time.thread_time() + 0.4
-    while time.thread_time() < limit:
-        sum(range(30_000_000))  # the GIL is not let go of within
+    sum(range(half_a_second))  # nobody else runs meanwhile, the watch neither
 
 for function, marks in (
     (outer_function, ["in spin", "in outer_function"]),
@@ -66,14 +69,15 @@ for function, marks in (
     [message] = told.messages
     told.messages.clear()
     assert message.startswith("the hub was blocked for "), message
-    assert 0.3 < float(message.split()[5]) < 5, message
+    # Of a sleep on a starved machine less counts.
+    assert (0.1 if function is waits_in_c else 0.3) < float(message.split()[5]) < 5, message
     for mark in marks:
         assert mark in message, message
     first_line = message.splitlines()[0]
     assert "<string>:" in first_line and marks[0] in first_line, message
     after = puff_patch.hub_stats()
     assert after["blocks_num"] == before["blocks_num"] + 1
-    assert after["blocked_ms"] - before["blocked_ms"] > 300
+    assert after["blocked_ms"] - before["blocked_ms"] > 100
 
 # from the hub's thread, in a greenlet that may wait
 assert all(isinstance(greenlet, gevent.Greenlet) for greenlet in told.greenlets), told.greenlets
@@ -146,9 +150,10 @@ for _ in range(60):
     mailbox.post(pool.submit, job)
 soon(lambda: len(done) == 61)
 assert len(set(done)) == 1
+soon(lambda: puff_patch.hub_stats()["lag_num"] >= 1)
+puff_patch.unwatch_hub()  # tells at once what there is to tell
 assert told.messages == [], told.messages
 assert puff_patch.hub_stats()["blocks_num"] == 0
-soon(lambda: puff_patch.hub_stats()["lag_num"] >= 1)
 """
     )
 
@@ -188,33 +193,25 @@ assert subprocess.run(["true"], timeout=10).returncode == 0
 
 @pytest.mark.parametrize("end", ["", "puff_patch.unwatch_hub()", "puff_patch.unpatch_all()", "sys.exit(0)"])
 def test_ends_cleanly_and_tells_the_last_block_before_that(end: str) -> None:
-    run_python(
+    assert run_python(
         PRELUDE
         + f"""
 import atexit
 threads = len(os.listdir("/proc/self/task"))
-puff_patch.watch_hub(100)
-puff_patch.watch_hub(100)
-def at_last():
+@atexit.register
+def at_last():  # after what is registered later
     assert len(told.messages) == 1 and "in spin" in told.messages[0], told.messages
     assert puff_patch.hub_stats()["watched"] == 0
-    print("@@" + _json.dumps("told"), flush=True)
-gevent.sleep(0.01)
-if {end!r}.startswith("puff"):
-    assert len(os.listdir("/proc/self/task")) == threads + 1
-gevent.spawn(spin, 0.3).join()
-if {end!r}.startswith("puff"):
-    {end or "pass"}
-    at_last()
     limit = time.monotonic() + 5
     while len(os.listdir("/proc/self/task")) > threads:
         assert time.monotonic() < limit
-else:
-    # Handlers run in reverse order: this one after the watch's own.
-    atexit.unregister(puff_patch.runtime.watch.unwatch_hub)
-    atexit.register(at_last)
-    atexit.register(puff_patch.runtime.watch.unwatch_hub)
-    {end or "pass"}
+    sys.stdout.write("\\n@@true\\n")
+puff_patch.watch_hub(100)
+puff_patch.watch_hub(100)  # instead of the first
+gevent.sleep(0.01)
+assert len(os.listdir("/proc/self/task")) == threads + 1
+gevent.spawn(spin, 0.3).join()
+{end}
 """
     )
 
