@@ -45,7 +45,7 @@ LIBRARIES = {
     "redis": ["redis", "redis.client", "redis.connection"],
     "requests": ["requests", "requests.sessions", "requests.adapters", "requests.api"],
     "django": ["django.core.cache.backends.redis", "django.db.backends.postgresql.base"],
-    "sqlalchemy": ["sqlalchemy.pool", "sqlalchemy.pool.impl", "sqlalchemy.dialects.postgresql.psycopg2"],
+    "sqlalchemy": ["sqlalchemy.pool", "sqlalchemy.pool.impl", "sqlalchemy.dialects.postgresql.base"],
 }
 # What changes with time, or is made anew at each look.
 _FLEETING = frozenset({"__dict__", "__weakref__", "_abc_impl", "__abstractmethods__", "__annotations_cache__"})
