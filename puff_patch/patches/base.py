@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
@@ -19,6 +20,10 @@ import wrapt
 import zope.event
 
 _MISSING: Any = object()
+
+#: Whether a pool of another library connects now.  What it gets is no lease: it would keep it from everybody else,
+#: and could have no more of them than our pool has.
+pooled_elsewhere: ContextVar[bool] = ContextVar("puff_patch.pooled_elsewhere", default=False)
 
 
 class UnsupportedVersion(ImportError):

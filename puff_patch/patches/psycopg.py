@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from puff_patch.patches import sockets
-from puff_patch.patches.base import Ledger, Patch
+from puff_patch.patches.base import Ledger, Patch, pooled_elsewhere
 
 
 class PsycopgPatch(Patch):
@@ -39,6 +39,8 @@ class PsycopgPatch(Patch):
             pool: bool | Mapping[str, Any] = True,
             **kwargs: Any,
         ) -> Any:
+            if pool is True and pooled_elsewhere.get():
+                pool = False
             if pool is not False:
                 lease = _lease(conninfo, pool, kwargs)
                 if lease is not None:

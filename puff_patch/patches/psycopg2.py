@@ -1,22 +1,17 @@
 """psycopg2: waits are cooperative (psycogreen), and ``psycopg2.connect`` leases from a pool.
 
 Replaces ``psycopg2.connect`` and sets psycopg2's wait callback.  The connections of psycopg2's own pools
-(``psycopg2.pool``) are not leases: a pool that keeps leases would keep them from everybody else, and could hold no
-more of them than ours has.
+(``psycopg2.pool``) are no leases, see `puff_patch.patches.base.pooled_elsewhere`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from puff_patch.patches.base import Patch
-
-# Whether a pool of psycopg2 connects now.
-_own_pool_connects: ContextVar[bool] = ContextVar("puff_patch.psycopg2.own_pool_connects", default=False)
+from puff_patch.patches.base import Patch, pooled_elsewhere
 
 
 class Psycopg2Patch(Patch):
@@ -46,7 +41,7 @@ class Psycopg2Patch(Patch):
             pool: bool | Mapping[str, Any] = True,
             **kwargs: Any,
         ) -> Any:
-            if pool is True and _own_pool_connects.get():
+            if pool is True and pooled_elsewhere.get():
                 pool = False
             if pool is not False and _poolable(dsn, connection_factory, kwargs):
                 lease = _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
@@ -69,11 +64,11 @@ class Psycopg2Patch(Patch):
 
         @functools.wraps(original)
         def _connect(self: Any, *args: Any, **kwargs: Any) -> Any:
-            token = _own_pool_connects.set(True)
+            token = pooled_elsewhere.set(True)
             try:
                 return original(self, *args, **kwargs)
             finally:
-                _own_pool_connects.reset(token)
+                pooled_elsewhere.reset(token)
 
         self.ledger.replace(pool_class, "_connect", _connect)
 

@@ -1,8 +1,8 @@
 """SQLAlchemy: its own connection pool is the pool, over cooperative connections that ours does not pool again.
 
 SQLAlchemy keeps the connections it has checked in: leases, if they came from our pool, that nobody else could get.
-Two engines for one database would starve a third.  Replaces ``connect`` of the dialects whose drivers are pooled,
-and ``_do_get`` of ``NullPool``, whose connections are the ones that SQLAlchemy does not pool, and so are leased.
+Two engines for one database would starve a third.  Replaces ``connect`` of the PostgreSQL dialects, and
+``NullPool._do_get``, whose connections are the ones that SQLAlchemy does not pool, and so are leased.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from puff_patch.patches.base import Patch
+from puff_patch.patches.base import Patch, pooled_elsewhere
 
 _POOL = "sqlalchemy.pool"
-# The dialects' classes by module; the module has the name of the driver, which has the name of its patch.
-_DIALECTS = {
-    "sqlalchemy.dialects.postgresql.psycopg2": "PGDialect_psycopg2",
-    "sqlalchemy.dialects.postgresql.psycopg": "PGDialect_psycopg",
-}
+_DIALECT = "sqlalchemy.dialects.postgresql.base"
 
 # Whether SQLAlchemy connects for a NullPool now.
 _leasing: ContextVar[bool] = ContextVar("puff_patch.sqlalchemy.leasing", default=False)
@@ -29,7 +25,7 @@ class SQLAlchemyPatch(Patch):
     """One pool for SQLAlchemy's engines, not two."""
 
     name = "sqlalchemy"
-    modules = (_POOL, *_DIALECTS)
+    modules = (_POOL, _DIALECT)
     requires = ("sqlalchemy", (2, 0))
 
     def apply(self, module: ModuleType) -> None:
@@ -37,8 +33,7 @@ class SQLAlchemyPatch(Patch):
         if module.__name__ == _POOL:
             self._apply_null_pool(module.NullPool)
         else:
-            driver = module.__name__.rpartition(".")[2]
-            self._apply_dialect(getattr(module, _DIALECTS[module.__name__]), driver)
+            self._apply_dialect(module.PGDialect)
 
     def _apply_null_pool(self, pool_class: Any) -> None:
         do_get = pool_class._do_get
@@ -53,17 +48,18 @@ class SQLAlchemyPatch(Patch):
 
         self.ledger.replace(pool_class, "_do_get", _do_get)
 
-    def _apply_dialect(self, dialect_class: Any, driver: str) -> None:
+    def _apply_dialect(self, dialect_class: Any) -> None:
         original = dialect_class.connect
 
         @functools.wraps(original)
         def connect(self: Any, *args: Any, **kwargs: Any) -> Any:
-            from puff_patch.patches import PATCHES
-
-            pools = driver in PATCHES and PATCHES[driver].is_patched() and not self.is_async
-            if pools and not _leasing.get():
-                kwargs.setdefault("pool", False)
-            return original(self, *args, **kwargs)
+            if self.is_async:
+                return original(self, *args, **kwargs)
+            token = pooled_elsewhere.set(not _leasing.get())
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                pooled_elsewhere.reset(token)
 
         self.ledger.replace(dialect_class, "connect", connect)
 

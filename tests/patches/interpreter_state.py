@@ -49,7 +49,7 @@ LIBRARIES = {
     "requests": ["requests", "requests.sessions", "requests.adapters", "requests.api"],
     "django": ["django.core.cache.backends.redis", "django.db.backends.postgresql.base"],
     "django_redis": ["django_redis.pool"],
-    "sqlalchemy": ["sqlalchemy.pool", "sqlalchemy.pool.impl", "sqlalchemy.dialects.postgresql.psycopg2"],
+    "sqlalchemy": ["sqlalchemy.pool", "sqlalchemy.pool.impl", "sqlalchemy.dialects.postgresql.base"],
 }
 # What changes with time, or is made anew at each look.
 _FLEETING = frozenset({"__dict__", "__weakref__", "_abc_impl", "__abstractmethods__", "__annotations_cache__"})

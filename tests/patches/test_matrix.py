@@ -90,14 +90,10 @@ def django_redis():
 
 def sqlalchemy():
     import types
-    from puff_patch.patches import PATCHES
+    from puff_patch.patches.base import pooled_elsewhere
     from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
-    asks = types.SimpleNamespace(paramstyle="pyformat", __version__="2.9.10", connect=lambda **options: options)
-    PATCHES["psycopg2"].is_patched = lambda: True
-    try:
-        return PGDialect_psycopg2(dbapi=asks).connect() == {"pool": False}
-    finally:
-        del PATCHES["psycopg2"].is_patched
+    asks = types.SimpleNamespace(paramstyle="pyformat", __version__="2.9.10", connect=pooled_elsewhere.get)
+    return PGDialect_psycopg2(dbapi=asks).connect()
 """
 
 
