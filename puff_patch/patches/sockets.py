@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from puff_patch.patches.base import Patch
+from puff_patch.patches.processes import make_locks_cooperative, make_pipes_cooperative, make_reliable
 
 # Every module that gevent.monkey, up to 26.x, writes to.
 _TOUCHED = (
@@ -49,10 +50,19 @@ class SocketsPatch(Patch):
     """gevent's monkey patch, made reversible."""
 
     name = "sockets"
-    modules = ("sys",)  # always imported: applied at once
+    # sys is always imported: applied at once
+    modules = ("sys", "multiprocessing.connection", "multiprocessing.synchronize")
 
     def apply(self, module: ModuleType) -> None:
-        """Run gevent's patch and record what it replaced."""
+        """Run gevent's patch and record what it replaced; and what it leaves out, see `processes`."""
+        if module.__name__ == "multiprocessing.connection":
+            make_pipes_cooperative(module, self.ledger)
+        elif module.__name__ == "multiprocessing.synchronize":
+            make_locks_cooperative(module, self.ledger)
+        else:
+            self._apply_gevent()
+
+    def _apply_gevent(self) -> None:
         import gevent.monkey
         from gevent.monkey import _state  # type: ignore[attr-defined]
 
@@ -75,6 +85,7 @@ class SocketsPatch(Patch):
         finally:
             for owner, attributes in before:
                 self._record_changes(owner, attributes)
+        make_reliable(self.ledger)
 
     def _record_changes(self, owner: Any, attributes: dict[str, Any]) -> None:
         for attribute, original in attributes.items():

@@ -33,6 +33,7 @@ from puff_patch.pools.base import Discard, Pool, Slot
 from puff_patch.pools.farewell import Farewells
 from puff_patch.pools.libpq import is_busy, stop_query
 from puff_patch.pools.offload import CooperativeConnection
+from puff_patch.pools.sockets import cut_off
 
 _POLL_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 _poll: Callable[[], Any] = get_original("select", "poll")
@@ -264,6 +265,7 @@ class PostgresPool(Pool[LeasedConnection]):
         self.dsn = dsn
         self._setup = setup
         self._farewells = Farewells()
+        self._all: weakref.WeakSet[LeasedConnection] = weakref.WeakSet()
         super().__init__(name or display_name(extensions.parse_dsn(dsn)), options)
 
     def lease(
@@ -320,6 +322,7 @@ class PostgresPool(Pool[LeasedConnection]):
         connection = LeasedConnection.__new__(LeasedConnection)
         # Before it connects, which may be interrupted.
         connection._puff_pool, connection._puff_generation = self, self._generation
+        self._all.add(connection)
         LeasedConnection.__init__(connection, *args)
         return connection
 
@@ -399,6 +402,16 @@ class PostgresPool(Pool[LeasedConnection]):
 
     def _after_fork_in_child(self) -> None:
         self._farewells.forget_all()
+        mine = id(gevent.getcurrent())
+        for connection in list(self._all):
+            lease = connection._puff_lease
+            # What this greenlet holds it may go on using, as a daemon does whose parent has left.
+            if lease is None or lease.slot.owner != mine or is_busy(connection):
+                try:
+                    cut_off(_C.fileno(connection))
+                except (psycopg2.Error, OSError):
+                    continue  # it has no socket
+        self._all.clear()
         super()._after_fork_in_child()
 
     def _abandon(self, connection: LeasedConnection) -> None:
