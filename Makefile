@@ -54,9 +54,9 @@ tox: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet tox
 	$(BIN)/tox run
 
-# Long and not part of `make test`: restarts under load, a minute or more each.
+# What `make test` runs for seconds, for a minute each: pools and restarts under load.
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest tests/soak --override-ini=testpaths=tests/soak --override-ini=addopts= -v
+	PUFF_SOAK_SECONDS=$${PUFF_SOAK_SECONDS:-60} $(BIN)/python -m pytest tests/soak -v -rP
 
 # gunicorn -k gevent and this project's server on the sample, side by side.
 bench-smoke: $(INSTALLED)

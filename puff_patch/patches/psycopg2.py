@@ -121,9 +121,9 @@ def wait_callback(connection: Any, timeout: float | None = None) -> None:
     try:
         gevent_wait_callback(connection, timeout)
     except BaseException:
-        from puff_patch.pools.libpq import stop_query
+        from puff_patch.pools.farewell import follow
 
-        stop_query(connection)  # psycopg2 closes the connection right after
+        follow(connection)  # psycopg2 closes it right after
         raise
 
 

@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
 import gevent
+from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
 from gevent.monkey import get_original
 
@@ -71,7 +72,7 @@ class Discard(Exception):
 class Slot(Generic[C]):
     """The right to one open connection, and the connection once there is one."""
 
-    __slots__ = ("connection", "dirty", "epoch", "expires_at", "generation", "leased_at", "returned_at")
+    __slots__ = ("connection", "dirty", "epoch", "expires_at", "generation", "leased_at", "owner", "returned_at")
 
     def __init__(self, generation: int) -> None:
         self.connection: C | None = None
@@ -80,6 +81,7 @@ class Slot(Generic[C]):
         self.epoch = 0
         self.expires_at = 0.0
         self.leased_at = 0.0
+        self.owner = 0  # the greenlet that took it, by id()
         self.returned_at = 0.0
 
 
@@ -99,7 +101,7 @@ class _Request(Generic[C]):
         self._event.wait(timeout)
 
     def wake(self) -> None:
-        if gevent.get_hub() is self._hub:
+        if get_hub_if_exists() is self._hub:
             self._event.set()
         else:
             self._mailbox.post(self._event.set)
@@ -163,6 +165,9 @@ class Pool(Generic[C]):
         """Close without waiting for the server."""
         raise NotImplementedError
 
+    def _wait_for_room(self) -> None:
+        """Wait until the server has room for one more: a connection closed here may still be open there."""
+
     def _abandon(self, connection: C) -> None:
         """In a forked child: forget the parent's connection without a word on its socket."""
         raise NotImplementedError
@@ -193,6 +198,7 @@ class Pool(Generic[C]):
                 self._counters["requests_errors"] += 1
             raise
         slot.leased_at = time.monotonic()
+        slot.owner = id(gevent.getcurrent())
         return slot
 
     def checkin(self, slot: Slot[C], connection: C, *, reusable: bool = True) -> None:
@@ -330,6 +336,7 @@ class Pool(Generic[C]):
         slot.epoch, slot.expires_at, slot.returned_at = other.epoch, other.expires_at, other.returned_at
 
     def _open(self, slot: Slot[C]) -> None:
+        self._wait_for_room()
         started = time.monotonic()
         self._counters["connections_num"] += 1
         slot.epoch = self._epoch  # as of now: a drain in the meantime means this connection, too
@@ -405,7 +412,9 @@ class Pool(Generic[C]):
     # In the background
 
     def _at_home(self, call: Callable[[], object]) -> None:
-        if gevent.get_hub().main_hub:
+        # A finalizer may be running in any thread; one without a hub must not get one for it, nobody would end it.
+        hub = get_hub_if_exists()
+        if hub is not None and hub.main_hub:
             self._home = Mailbox.current()
             call()
         elif self._home is not None:
@@ -437,6 +446,7 @@ class Pool(Generic[C]):
 
     def open(self) -> None:
         """Begin to open `min_size` connections in the background."""
+        gevent.get_hub()
         self._at_home(self._refill)
 
     def _refill(self) -> None:

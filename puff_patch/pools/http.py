@@ -21,6 +21,7 @@ from urllib3.exceptions import EmptyPoolError
 from puff_patch.config import current
 from puff_patch.pools import base
 from puff_patch.pools.base import Pool
+from puff_patch.pools.sockets import close_at_home, cut_off, is_mine, settle
 
 # Hosts whose connections are kept; beyond it the least recently used host's are closed.
 _MAX_HOSTS = 256
@@ -54,6 +55,10 @@ class _Places(Pool[object]):
     _abandon = _close
 
 
+# For a fork.
+_connections: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 class _Bounded:
     """urllib3's pools of connections to one host, with a bound that no interrupted request upsets.
 
@@ -76,10 +81,15 @@ class _Bounded:
         except base.PoolError as error:
             raise EmptyPoolError(self, str(error)) from error  # type: ignore[arg-type]
         try:
+            settle()
             connection = super()._get_conn(timeout)  # type: ignore[misc]
+            while not is_mine(connection.sock):
+                close_at_home(connection.sock, connection.close)
+                connection = super()._get_conn(timeout)  # type: ignore[misc]
         except BaseException:
             self._places.reclaim(slot)
             raise
+        _connections.add(connection)
         connection._puff_leave = self._mine.leave = weakref.finalize(connection, self._places.reclaim, slot)
         return connection
 
@@ -171,6 +181,10 @@ def close_shared_adapter() -> None:
 
 
 def _after_fork_in_child() -> None:
+    for connection in list(_connections):
+        if connection.sock is not None and connection.sock.fileno() >= 0:
+            cut_off(connection.sock.fileno())
+    _connections.clear()
     if _adapter is not None:
         # Sessions made before the fork hold this very object, so it gets fresh pools in place.  Dropping the
         # old sockets closes the child's descriptors only.

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original
 from psycopg2 import _psycopg, extensions
 
@@ -26,19 +27,51 @@ def is_busy(connection: extensions.connection) -> bool:
     return bool(status == extensions.TRANSACTION_STATUS_ACTIVE)
 
 
+class Cancel:
+    """A request to the server to stop what it does for a connection; outlives the connection.
+
+    Not ``connection.cancel()``: that keeps the GIL until the server has answered, which a server that is gone does
+    not, and with it every greenlet and thread of the process.
+    """
+
+    def __init__(self, connection: extensions.connection) -> None:
+        self._libpq = _libpq()
+        # For what a native thread has to say; a finalizer may run in a thread that has no hub.
+        self._mailbox = Mailbox.current() if get_hub_if_exists() else None
+        self._under_way: set[object] = set()
+        self._pointer = self._libpq.PQgetCancel(connection.pgconn_ptr)
+
+    def send(self) -> None:
+        """Send it, by a native thread; does not wait for it."""
+        if self._pointer:
+            token = object()
+            self._under_way.add(token)
+            _start_thread(self._send, (token,))
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the server may still act on one that was sent."""
+        return bool(self._under_way)
+
+    def _send(self, token: object) -> None:
+        reason = ctypes.create_string_buffer(256)
+        sent = self._libpq.PQcancel(self._pointer, reason, len(reason))
+        self._under_way.discard(token)
+        if not sent and self._mailbox is not None:
+            text = reason.value.decode(errors="replace").strip()
+            self._mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", text)
+
+    def __del__(self) -> None:
+        self._libpq.PQfreeCancel(self._pointer)
+
+
 def stop_query(connection: extensions.connection) -> None:
     """Ask the server to stop what it does for a connection; does not wait for it, and does nothing if it is idle.
 
-    Not by ``connection.cancel()``: that keeps the GIL until the server has answered, which a server that is gone
-    does not, and with it every greenlet and thread of the process.
+    The server ignores it if it comes before the query itself has been read.
     """
-    if not is_busy(connection):
-        return
-    libpq = _libpq()
-    # Independent of the connection, which psycopg2 closes as soon as the interrupted query has raised.
-    request = libpq.PQgetCancel(connection.pgconn_ptr)
-    if request:
-        _start_thread(_send_cancel, (libpq, request, Mailbox.current()))
+    if is_busy(connection):
+        Cancel(connection).send()
 
 
 @contextmanager
@@ -51,15 +84,6 @@ def blocking_mode(connection: extensions.connection) -> Iterator[None]:
     finally:
         if not connection.closed:
             libpq.PQsetnonblocking(pointer, 1)
-
-
-def _send_cancel(libpq: Any, request: int, mailbox: Mailbox) -> None:
-    reason = ctypes.create_string_buffer(256)
-    sent = libpq.PQcancel(request, reason, len(reason))
-    libpq.PQfreeCancel(request)
-    if not sent:
-        text = reason.value.decode(errors="replace").strip()
-        mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", text)
 
 
 @cache

@@ -27,6 +27,7 @@ from gevent.threadpool import ThreadPool
 from psycopg2 import _psycopg, extensions, sql
 
 from puff_patch.pools import libpq
+from puff_patch.pools.farewell import PATIENCE, follow
 from puff_patch.runtime.mailbox import Mailbox
 
 T = TypeVar("T")
@@ -36,6 +37,9 @@ _allocate_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 _MAX_THREADS = 32
 # Bytes, or characters, of rows gathered in the thread before the greenlet writes them.
 _BATCH = 64 * 1024
+# Seconds until a query that is to stop is cancelled again; doubled each time.
+_STOP_AGAIN = 0.02
+_PAUSE = 0.0005
 
 
 def copy_expert(cursor: Any, statement: Any, file: Any, size: int = 8192) -> None:
@@ -380,14 +384,33 @@ def _in_thread(connection: Any, work: Callable[[_Desk], T]) -> T:
                 # The thread uses the connection and what the greenlet owns, so it must end first; make it.
                 if interruption is None:
                     interruption = error
-                    libpq.stop_query(connection)
+                    stopper = gevent.spawn(_stop, connection, task)
     succeeded, result = outcome
     if interruption is not None:
+        try:
+            stopper.join(PATIENCE)
+        finally:
+            if not stopper.ready():  # a cancel that comes late must not hit what the connection does next
+                follow(connection)
+                extensions.connection.close(connection)
         raise interruption
     if not succeeded:
         raise result
     answer: T = result
     return answer
+
+
+def _stop(connection: Any, task: Any) -> None:
+    """Cancel the query until the thread has ended, for a cancel that overtakes its query is ignored."""
+    cancel = libpq.Cancel(connection)
+    pause = _STOP_AGAIN
+    while not task.ready():
+        if libpq.is_busy(connection):
+            cancel.send()
+        task.wait(pause)
+        pause *= 2
+    while cancel.is_under_way:
+        gevent.sleep(_PAUSE)
 
 
 def _threads() -> ThreadPool:

@@ -30,8 +30,10 @@ from psycopg2 import _psycopg, extensions
 from puff_patch.config import PoolOptions, current, unreachable_hint
 from puff_patch.pools import base
 from puff_patch.pools.base import Discard, Pool, Slot
+from puff_patch.pools.farewell import Farewells
 from puff_patch.pools.libpq import is_busy, stop_query
 from puff_patch.pools.offload import CooperativeConnection
+from puff_patch.pools.sockets import cut_off
 
 _POLL_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 _poll: Callable[[], Any] = get_original("select", "poll")
@@ -102,6 +104,8 @@ class LeasedConnection(CooperativeConnection):
     """A connection leased from a pool; `close` returns it."""
 
     _puff_lease: _Lease | None = None
+    _puff_pool: PostgresPool
+    _puff_generation: int
     _puff_cursors: _Cursors
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -143,6 +147,7 @@ class LeasedConnection(CooperativeConnection):
         lease = self._puff_lease
         if lease is not None:
             self._puff_lease = None
+            lease.pool.is_closing(self)
             lease.pool.reclaim(lease.slot)
 
 
@@ -259,6 +264,8 @@ class PostgresPool(Pool[LeasedConnection]):
     def __init__(self, dsn: str, options: PoolOptions, *, setup: str | None = None, name: str = "") -> None:
         self.dsn = dsn
         self._setup = setup
+        self._farewells = Farewells()
+        self._all: weakref.WeakSet[LeasedConnection] = weakref.WeakSet()
         super().__init__(name or display_name(extensions.parse_dsn(dsn)), options)
 
     def lease(
@@ -299,7 +306,7 @@ class PostgresPool(Pool[LeasedConnection]):
         seconds = float(limit) if limit and float(limit) > 0 else self.options.timeout
         with _at_most(seconds, lambda: self._unreachable(f"timeout expired: no answer in {seconds:g} s")):
             try:
-                connection: LeasedConnection = _connect(self.dsn, connection_factory=LeasedConnection)
+                connection: LeasedConnection = _connect(self.dsn, connection_factory=self._new)
             except psycopg2.OperationalError as error:
                 if _UNREACHABLE.search(str(error)) and "FATAL" not in str(error):
                     raise self._unreachable(str(error)) from error
@@ -310,6 +317,22 @@ class PostgresPool(Pool[LeasedConnection]):
                     cursor.execute(self._setup)
                 connection.autocommit = False
         return connection
+
+    def _new(self, *args: Any) -> LeasedConnection:
+        connection = LeasedConnection.__new__(LeasedConnection)
+        # Before it connects, which may be interrupted.
+        connection._puff_pool, connection._puff_generation = self, self._generation
+        self._all.add(connection)
+        LeasedConnection.__init__(connection, *args)
+        return connection
+
+    def _wait_for_room(self) -> None:
+        self._farewells.wait(lambda leaving: self._size + leaving <= self.options.max_size or not leaving)
+
+    def is_closing(self, connection: LeasedConnection) -> None:
+        """Have the connection, which is closed right after this, counted as long as the server has it."""
+        if connection._puff_generation == self._generation:  # else it is the parent's
+            self._farewells.follow(connection)
 
     def _unreachable(self, reason: str) -> psycopg2.OperationalError:
         return psycopg2.OperationalError(
@@ -368,6 +391,7 @@ class PostgresPool(Pool[LeasedConnection]):
 
     def _close(self, connection: LeasedConnection) -> None:
         if not is_busy(connection):
+            self.is_closing(connection)
             _C.close(connection)
             return
         # Another greenlet waits in this connection and holds its lock, a native one: closing it here would stop
@@ -375,6 +399,20 @@ class PostgresPool(Pool[LeasedConnection]):
         stop_query(connection)
         with _socket(fileno=os.dup(_C.fileno(connection))) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
+
+    def _after_fork_in_child(self) -> None:
+        self._farewells.forget_all()
+        mine = id(gevent.getcurrent())
+        for connection in list(self._all):
+            lease = connection._puff_lease
+            # What this greenlet holds it may go on using, as a daemon does whose parent has left.
+            if lease is None or lease.slot.owner != mine or is_busy(connection):
+                try:
+                    cut_off(_C.fileno(connection))
+                except (psycopg2.Error, OSError):
+                    continue  # it has no socket
+        self._all.clear()
+        super()._after_fork_in_child()
 
     def _abandon(self, connection: LeasedConnection) -> None:
         """Nothing to do: psycopg2 leaves the socket alone in a process that did not open it."""
@@ -391,9 +429,10 @@ def _forget(connection: LeasedConnection) -> None:
     connection.binary_types.clear()
     connection.notices = []
     connection.notifies = []
-    cursors = connection._puff_cursors
-    vars(connection).clear()
-    connection._puff_cursors = cursors
+    attributes = vars(connection)
+    kept = {name: attributes[name] for name in ("_puff_pool", "_puff_generation", "_puff_cursors")}
+    attributes.clear()
+    attributes.update(kept)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ redis-py's pool raises when it is full; this one makes the next command wait its
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from redis.retry import Retry
 from puff_patch.config import PoolOptions, current, unreachable_hint
 from puff_patch.pools import base
 from puff_patch.pools.base import Pool, Slot
+from puff_patch.pools.sockets import close_at_home, cut_off, is_mine, settle
 
 
 class PoolTimeout(base.PoolTimeout, redis.exceptions.ConnectionError):
@@ -43,10 +45,13 @@ class _Connections(Pool[Any]):
     ) -> None:
         self._make = make
         self._may_push = may_push
+        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         super().__init__(name, options)
 
     def _connect(self) -> Any:
         connection = self._make()
+        settle()
+        self._all.add(connection)
         try:
             connection.connect()
         except BaseException as error:
@@ -64,7 +69,7 @@ class _Connections(Pool[Any]):
         """Nothing: redis-py leaves a connection clean, or disconnects it."""
 
     def _check(self, connection: Any) -> bool:
-        if not _is_connected(connection):
+        if not _is_connected(connection) or not is_mine(_socket_of(connection)):
             return False
         try:
             # An idle connection has nothing to say, but for RESP3's push messages: data or EOF mean that it
@@ -73,8 +78,19 @@ class _Connections(Pool[Any]):
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError):
             return False
 
+    def _is_free(self, slot: Slot[Any]) -> bool:
+        return is_mine(_socket_of(slot.connection))
+
     def _close(self, connection: Any) -> None:
-        connection.disconnect()
+        close_at_home(_socket_of(connection), connection.disconnect)
+
+    def _after_fork_in_child(self) -> None:
+        for connection in list(self._all):
+            sock = _socket_of(connection)
+            if sock is not None and sock.fileno() >= 0:
+                cut_off(sock.fileno())
+        self._all.clear()
+        super()._after_fork_in_child()
 
     def _abandon(self, connection: Any) -> None:
         """Nothing: dropping it closes the child's descriptor only."""
@@ -180,9 +196,14 @@ class RedisPool(redis.ConnectionPool):
         return set(self._leased)
 
 
+def _socket_of(connection: Any) -> Any:
+    # A client-side cache wraps the connection.
+    return getattr(connection, "_conn", connection)._sock
+
+
 def _is_connected(connection: Any) -> bool:
-    # redis-py 7.1 has a property for it; a client-side cache wraps the connection.
-    return getattr(connection, "_conn", connection)._sock is not None
+    # redis-py 7.1 has a property for it.
+    return _socket_of(connection) is not None
 
 
 def _should_reconnect(connection: Any) -> bool:
