@@ -8,6 +8,7 @@ be dropped).  Every other effect on Django comes from the patches of the drivers
 
 from __future__ import annotations
 
+import _thread
 import functools
 import time
 import weakref
@@ -83,7 +84,8 @@ def _give_back_early(wrapper: Any) -> None:
     if hub.main_hub and greenlet is hub.parent:
         return
     wrapper.close_at = time.monotonic()
-    if isinstance(greenlet, gevent.Greenlet):
+    # A wrapper may be shared between threads, and its owner go on after the end of the one that had it connect.
+    if isinstance(greenlet, gevent.Greenlet) and wrapper._thread_ident == _thread.get_ident():
         _return_at_end_of(greenlet, wrapper)
 
 

@@ -1,8 +1,7 @@
 """The standard library: sockets, DNS, time, threads, locks, subprocesses, ... become cooperative (gevent).
 
 Replaces what ``gevent.monkey.patch_all()`` replaces.  gevent has no way back, so what it did is found by
-comparing the modules before and after, and goes into the ledger like every other patch.  What gevent leaves out,
-multiprocessing, has a module of its own here.
+comparing the modules before and after, and goes into the ledger like every other patch.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from puff_patch.patches import multiprocessing
 from puff_patch.patches.base import Patch
+from puff_patch.patches.processes import make_locks_cooperative, make_pipes_cooperative, make_reliable
 
 # Every module that gevent.monkey, up to 26.x, writes to.
 _TOUCHED = (
@@ -53,13 +52,19 @@ class SocketsPatch(Patch):
     """gevent's monkey patch, made reversible."""
 
     name = "sockets"
-    modules = ("sys", *multiprocessing.MODULES)  # sys is always imported: applied at once
+    # sys is always imported: applied at once
+    modules = ("sys", "multiprocessing.connection", "multiprocessing.synchronize")
 
     def apply(self, module: ModuleType) -> None:
-        """Run gevent's patch and record what it replaced, or patch multiprocessing."""
-        if module.__name__ in multiprocessing.MODULES:
-            multiprocessing.apply(self.ledger, module)
-            return
+        """Run gevent's patch and record what it replaced; and what it leaves out, see `processes`."""
+        if module.__name__ == "multiprocessing.connection":
+            make_pipes_cooperative(module, self.ledger)
+        elif module.__name__ == "multiprocessing.synchronize":
+            make_locks_cooperative(module, self.ledger)
+        else:
+            self._apply_gevent()
+
+    def _apply_gevent(self) -> None:
         import gevent.monkey
         from gevent.monkey import _state  # type: ignore[attr-defined]
 
@@ -82,6 +87,7 @@ class SocketsPatch(Patch):
         finally:
             for owner, attributes in before:
                 self._record_changes(owner, attributes)
+        make_reliable(self.ledger)
 
     def _record_changes(self, owner: Any, attributes: dict[str, Any]) -> None:
         for attribute, original in attributes.items():

@@ -34,12 +34,14 @@ from operator import itemgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
 import gevent
+from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
 from gevent.monkey import get_original
 from greenlet import getcurrent, greenlet
 
 from puff_patch.config import PoolOptions, current
 from puff_patch.pools.holders import describe_holders
+from puff_patch.pools.sockets import cut_off
 from puff_patch.runtime.mailbox import Mailbox
 
 C = TypeVar("C")
@@ -97,6 +99,10 @@ class Slot(Generic[C]):
         self.leased_at = 0.0
         self.returned_at = 0.0
 
+    def is_held_here(self) -> bool:
+        """Whether it is the calling greenlet that has it leased."""
+        return self.holder is not None and self.holder() is getcurrent()
+
 
 class _Request(Generic[C]):
     """A checkout that waits; woken through its own hub's mailbox when another thread serves it."""
@@ -114,7 +120,7 @@ class _Request(Generic[C]):
         self._event.wait(timeout)
 
     def wake(self) -> None:
-        if gevent.get_hub() is self._hub:
+        if get_hub_if_exists() is self._hub:
             self._event.set()
         else:
             self._mailbox.post(self._event.set)
@@ -154,6 +160,7 @@ class Pool(Generic[C]):
         self._dirty: deque[Slot[C]] = deque()  # returned, to be reset
         self._requests: deque[_Request[C]] = deque()
         self._leased: set[Slot[C]] = set()  # never looked into under the lock, only for diagnosis
+        self._all: weakref.WeakSet[Any] = weakref.WeakSet()  # every open connection, leased ones too
         self._size = 0
         self._home: Mailbox | None = None  # where background work runs, and the only user of the next three
         self._janitors = 0
@@ -188,6 +195,14 @@ class Pool(Generic[C]):
 
     def _wait_for_room(self) -> None:
         """Wait until the server has room for one more: a connection closed here may still be open there."""
+
+    def _fileno(self, connection: C) -> int | None:
+        """The descriptor of its socket; None if it has none."""
+        return None
+
+    def _keeps_over_fork(self, connection: C) -> bool:
+        """Whether a forked child may go on using it."""
+        return False
 
     def _abandon(self, connection: C) -> None:
         """In a forked child: forget the parent's connection without a word on its socket."""
@@ -239,6 +254,7 @@ class Pool(Generic[C]):
             raise
         slot.connection, slot.dirty = lease.connection, lease.dirty
         slot.epoch, slot.expires_at, slot.leased_at = self._epoch, lease.expires_at, lease.leased_at
+        self._all.add(slot.connection)
         other.reclaim(lease)
         return slot
 
@@ -422,6 +438,7 @@ class Pool(Generic[C]):
         except Exception:
             self._counters["connections_errors"] += 1
             raise
+        self._all.add(slot.connection)
         now = time.monotonic()
         self._counters["connections_ms"] += (now - started) * 1000
         slot.dirty = False
@@ -489,7 +506,9 @@ class Pool(Generic[C]):
     # In the background
 
     def _at_home(self, call: Callable[[], object]) -> None:
-        if gevent.get_hub().main_hub:
+        # A finalizer may be running in any thread; one without a hub must not get one for it, nobody would end it.
+        hub = get_hub_if_exists()
+        if hub is not None and hub.main_hub:
             self._home = Mailbox.current()
             call()
         elif self._home is not None:
@@ -521,6 +540,7 @@ class Pool(Generic[C]):
 
     def open(self) -> None:
         """Begin to open `min_size` connections in the background."""
+        gevent.get_hub()
         self._at_home(self._refill)
 
     def _refill(self) -> None:
@@ -642,6 +662,10 @@ class Pool(Generic[C]):
         return stats
 
     def _after_fork_in_child(self) -> None:
+        for connection in list(self._all):
+            descriptor = None if self._keeps_over_fork(connection) else self._fileno(connection)
+            if descriptor is not None and descriptor >= 0:
+                cut_off(descriptor)
         inherited = [*self._clean, *self._dirty]
         self._generation += 1
         self._start()

@@ -27,7 +27,8 @@ from urllib3.util.connection import is_connection_dropped
 
 from puff_patch.config import PoolOptions, current
 from puff_patch.pools import base
-from puff_patch.pools.base import Pool
+from puff_patch.pools.base import Pool, Slot
+from puff_patch.pools.sockets import close_at_home, is_mine, settle
 
 # Hosts whose connections are kept; beyond it the least recently used host's are closed.
 _MAX_HOSTS = 256
@@ -74,21 +75,30 @@ class _Connections(Pool[Any]):
         # urllib3 connects it later, when it has set the time-out and the tunnel through a proxy.
         owner = self._owner()
         assert owner is not None, "nobody can ask any more"
+        settle()
         return owner._new_conn()
 
     def _check(self, connection: Any) -> bool:
         owner = self._owner()
         # Libraries that record requests put a class of their own there while they do.
         return (
-            owner is not None
+            is_mine(connection.sock)
+            and owner is not None
             and isinstance(connection, owner.ConnectionCls)
             and not is_connection_dropped(connection)
         )
 
-    def _close(self, connection: Any) -> None:
-        connection.close()
+    def _is_free(self, slot: Slot[Any]) -> bool:
+        return slot.connection is None or is_mine(slot.connection.sock)
 
-    _abandon = _close  # says nothing on the wire, also with TLS
+    def _close(self, connection: Any) -> None:
+        close_at_home(connection.sock, connection.close)
+
+    def _fileno(self, connection: Any) -> int | None:
+        return None if connection.sock is None else int(connection.sock.fileno())
+
+    def _abandon(self, connection: Any) -> None:
+        connection.close()  # says nothing on the wire, also with TLS
 
 
 class Bounded:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import psycopg2
+from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original
 from psycopg2 import _psycopg, extensions
 
@@ -37,7 +38,8 @@ class Cancel:
 
     def __init__(self, connection: extensions.connection) -> None:
         self._libpq = _libpq()
-        self._mailbox = Mailbox.current()
+        # For what a native thread has to say; a finalizer may run in a thread that has no hub.
+        self._mailbox = Mailbox.current() if get_hub_if_exists() else None
         self._under_way: set[object] = set()
         self._pointer = self._libpq.PQgetCancel(connection.pgconn_ptr)
 
@@ -57,7 +59,7 @@ class Cancel:
         reason = ctypes.create_string_buffer(256)
         sent = self._libpq.PQcancel(self._pointer, reason, len(reason))
         self._under_way.discard(token)
-        if not sent:
+        if not sent and self._mailbox is not None:
             text = reason.value.decode(errors="replace").strip()
             self._mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", text)
 

@@ -283,6 +283,7 @@ class PostgresPool(ServerPool[LeasedConnection]):
         connection = LeasedConnection.__new__(LeasedConnection)
         # Before it connects, which may be interrupted.
         connection._puff_pool, connection._puff_generation = self, self._generation
+        self._all.add(connection)
         LeasedConnection.__init__(connection, *args)
         return connection
 
@@ -348,6 +349,17 @@ class PostgresPool(ServerPool[LeasedConnection]):
         stop_query(connection)
         with _socket(fileno=os.dup(_C.fileno(connection))) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
+
+    def _fileno(self, connection: LeasedConnection) -> int | None:
+        try:
+            return _C.fileno(connection)  # type: ignore[no-any-return]
+        except psycopg2.Error:
+            return None
+
+    def _keeps_over_fork(self, connection: LeasedConnection) -> bool:
+        # What this greenlet holds it may go on using, as a daemon does whose parent has left.
+        lease = connection._puff_lease
+        return lease is not None and lease.slot.is_held_here() and not is_busy(connection)
 
     def _abandon(self, connection: LeasedConnection) -> None:
         """Nothing to do: psycopg2 leaves the socket alone in a process that did not open it."""

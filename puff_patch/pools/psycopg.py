@@ -59,10 +59,11 @@ class PoolClosed(base.PoolClosed, psycopg.OperationalError):
 class Session:
     """What is pooled: a connection of libpq, and which cursors of its leases are still about."""
 
-    __slots__ = ("cursors", "pgconn")
+    __slots__ = ("__weakref__", "cursors", "pgconn", "slot")
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self.pgconn = pgconn
+        self.slot: Slot[Session] | None = None  # of its last lease
         self.cursors = Cursors()
 
 
@@ -178,6 +179,7 @@ class PsycopgPool(ServerPool[Session]):
         slot = self.checkout(timeout)
         session, slot.connection = slot.connection, None
         assert session is not None
+        session.slot = slot
         connection = LeasedConnection(session.pgconn)
         connection._puff_lease = _Lease(self, slot, session)
         connection._autocommit = bool(autocommit)
@@ -241,6 +243,13 @@ class PsycopgPool(ServerPool[Session]):
         if pgconn.status == pq.ConnStatus.OK:
             self.farewells.follow(pgconn.socket, Cancel(pgconn).send if _is_busy(pgconn) else None)
         pgconn.finish()
+
+    def _fileno(self, session: Session) -> int | None:
+        return session.pgconn.socket if session.pgconn.status == pq.ConnStatus.OK else None
+
+    def _keeps_over_fork(self, session: Session) -> bool:
+        # What this greenlet holds it may go on using, as a daemon does whose parent has left.
+        return session.slot is not None and session.slot.is_held_here() and not _is_busy(session.pgconn)
 
     def _abandon(self, session: Session) -> None:
         """Nothing to do: psycopg leaves the socket alone in a process that did not open it."""

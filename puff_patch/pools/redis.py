@@ -5,6 +5,7 @@ redis-py's pool raises when it is full; this one makes the next command wait its
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,7 @@ from puff_patch.config import PoolOptions, current, unreachable_hint
 from puff_patch.pools import base
 from puff_patch.pools.base import Pool, Slot
 from puff_patch.pools.redis_blocking import Use, current_use, took_one
+from puff_patch.pools.sockets import close_at_home, is_mine, settle
 
 
 class PoolTimeout(base.PoolTimeout, redis.exceptions.ConnectionError):
@@ -47,10 +49,13 @@ class _Connections(Pool[Any]):
     ) -> None:
         self._make = make
         self._may_push = may_push
+        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         super().__init__(name, options)
 
     def _connect(self) -> Any:
         connection = self._make()
+        settle()
+        self._all.add(connection)  # while it connects, too
         try:
             connection.connect()
         except BaseException as error:
@@ -67,7 +72,7 @@ class _Connections(Pool[Any]):
         return connection
 
     def _check(self, connection: Any) -> bool:
-        if not _is_connected(connection):
+        if not _is_connected(connection) or not is_mine(_socket_of(connection)):
             return False
         try:
             # An idle connection has nothing to say, but for RESP3's push messages: data or EOF mean that it
@@ -76,8 +81,15 @@ class _Connections(Pool[Any]):
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError):
             return False
 
+    def _is_free(self, slot: Slot[Any]) -> bool:
+        return is_mine(_socket_of(slot.connection))
+
     def _close(self, connection: Any) -> None:
-        connection.disconnect()
+        close_at_home(_socket_of(connection), connection.disconnect)
+
+    def _fileno(self, connection: Any) -> int | None:
+        sock = _socket_of(connection)
+        return None if sock is None else int(sock.fileno())
 
     def _abandon(self, connection: Any) -> None:
         """Nothing: dropping it closes the child's descriptor only."""
@@ -259,9 +271,14 @@ class SentinelPool(_Waiting, SentinelConnectionPool):
 RedisPool.__name__, SentinelPool.__name__ = "ConnectionPool", "SentinelConnectionPool"
 
 
+def _socket_of(connection: Any) -> Any:
+    # A client-side cache wraps the connection.
+    return getattr(connection, "_conn", connection)._sock
+
+
 def _is_connected(connection: Any) -> bool:
-    # redis-py 7.1 has a property for it; a client-side cache wraps the connection.
-    return getattr(connection, "_conn", connection)._sock is not None
+    # redis-py 7.1 has a property for it.
+    return _socket_of(connection) is not None
 
 
 def _should_reconnect(connection: Any) -> bool:

@@ -49,6 +49,12 @@ class Mailbox:
             setattr(hub, _ATTRIBUTE, mailbox)
         return mailbox
 
+    @classmethod
+    def of(cls, hub: Hub) -> Mailbox | None:
+        """The mailbox of any hub, if its thread has ever called `current`."""
+        mailbox: Mailbox | None = getattr(hub, _ATTRIBUTE, None)
+        return mailbox
+
     @property
     def closed(self) -> bool:
         """True once the hub is gone: nothing posted will ever run."""

@@ -414,6 +414,32 @@ with importlib.import_module(DRIVER).connect(**params) as connection, connection
     )
 
 
+@both_engines
+def test_a_connection_shared_between_threads_outlives_the_thread_that_opened_it(engine: str, services) -> None:
+    run(
+        """
+setup({"default": database(ENGINE)})
+import threading
+from django.db import connections
+shared = connections["default"]
+def lend(connection):
+    connections["default"] = connection
+    pids.append(ask("SELECT pg_backend_pid()"))
+    lent.set()
+pids, lent = [], threading.Event()
+shared.inc_thread_sharing()
+thread = threading.Thread(target=lend, args=(shared,))
+thread.start()
+assert lent.wait(10)
+shared.dec_thread_sharing()
+assert [ask("SELECT pg_backend_pid() FROM pg_sleep(0.05)")] == pids
+assert [ask("SELECT pg_backend_pid()")] == pids
+""",
+        services,
+        engine,
+    )
+
+
 def test_the_configured_server_of_the_alias_is_used(services) -> None:
     run(
         """

@@ -77,45 +77,6 @@ WAITS = {
             pool.close()
             pool.join()
     """,
-    "process pool executor": """
-        import concurrent.futures, multiprocessing
-        fork = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=fork) as executor:
-            assert list(executor.map(time.sleep, [PAUSE, PAUSE])) == [None, None]
-    """,
-    "queue between processes": """
-        import multiprocessing, queue, threading
-        fork = multiprocessing.get_context("fork")
-        items = fork.Queue()
-        try:
-            items.get(timeout=PAUSE / 5)
-        except queue.Empty:
-            pass
-        # two who want it, both in this process: the second waits for the lock that the first one holds
-        found = []
-        threads = [threading.Thread(target=lambda: found.append(items.get())) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        time.sleep(PAUSE)
-        process = fork.Process(target=lambda: [items.put(n) for n in (1, 2)])
-        process.start()
-        for thread in threads:
-            thread.join(10)
-        process.join(10)
-        assert sorted(found) == [1, 2], found
-        items.close()
-    """,
-    "lock between processes": """
-        import multiprocessing
-        lock = multiprocessing.get_context("fork").Lock()
-        assert lock.acquire()
-        assert not lock.acquire(False) and not lock.acquire(timeout=0.01)
-        gevent.spawn_later(PAUSE, lock.release)
-        with lock:
-            pass
-        assert lock.acquire(timeout=1)
-        lock.release()
-    """,
     "name lookup": """
         # getaddrinfo blocks in C; this one does for sure.
         import _socket, socket

@@ -1,0 +1,130 @@
+"""Raw forks, native threads and subprocesses."""
+
+from __future__ import annotations
+
+from processes.conftest import Program
+
+
+def test_forks_amid_queries_share_nothing_and_end_cleanly(program: Program) -> None:
+    """Once from a greenlet while others are mid-query, and twice as a daemon does."""
+    told = program("""
+        import os, pickle, sys
+        import gevent
+        import psycopg2
+        from worker import backend, share_nothing, use
+
+        def child_use(write):
+            with os.fdopen(write, "wb") as pipe:
+                pipe.write(pickle.dumps(use()))
+
+        def fork_and_use(double):
+            read, write = os.pipe()
+            pid = os.fork()
+            if not pid:
+                os.close(read)
+                if double and os.fork():
+                    os._exit(0)
+                if double:
+                    os.setsid()
+                child_use(write)
+                sys.exit(0)  # as a program ends: with every exit handler
+            os.close(write)
+            with os.fdopen(read, "rb") as pipe:
+                found = pickle.loads(gevent.get_hub().threadpool.apply(pipe.read))
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            return found
+
+        parent = os.getpid()
+
+        def ask():
+            try:
+                return [backend() for _ in range(30)]
+            except psycopg2.OperationalError:
+                assert os.getpid() != parent  # a copy of it that runs on in a child has lost its connection
+
+        asking = [gevent.spawn(ask) for _ in range(6)]
+        gevent.sleep(0.05)
+        uses = [fork_and_use(double) for double in (False, True, False)]
+        gevent.joinall(asking, raise_error=True)
+        mine = (os.getpid(), sorted({found for greenlet in asking for found in greenlet.value}), -1)
+        assert share_nothing(use(), mine, *uses), (mine, uses)
+        print(len(uses))
+    """)
+    assert told == "3\n"
+
+
+def test_native_threads_use_the_pools_beside_greenlets(program: Program) -> None:
+    """Threads that no patch has made a greenlet; the last one ends with a lease out."""
+    told = program("""
+        import os, threading, time
+        import gevent
+        import psycopg2
+        import puff_patch
+        from gevent.monkey import get_original
+        from worker import POSTGRES_URL, backend, client, use
+
+        start = get_original("_thread", "start_new_thread")
+        lock = get_original("_thread", "allocate_lock")
+        uses, done = [], []
+
+        def thread():
+            try:
+                uses.append(use())
+            finally:
+                pass
+                done.append(1)
+
+        def leave_a_lease():
+            connection = psycopg2.connect(POSTGRES_URL, pool={"max_size": 2})
+            connection.cursor().execute("SELECT 1")
+            del connection
+            done.append(1)
+
+        for _ in range(3):
+            start(thread, ())
+        start(leave_a_lease, ())
+        greenlets = [gevent.spawn(use) for _ in range(3)]
+        pooled = [gevent.get_hub().threadpool.spawn(use) for _ in range(2)]
+        gevent.joinall([*greenlets, *pooled], raise_error=True)
+        with gevent.Timeout(20):
+            while len(done) < 4:
+                gevent.sleep(0.01)
+        uses += [each.get() for each in [*greenlets, *pooled]]
+        assert len(uses) == 8
+        assert {process for process, *_ in uses} == {os.getpid()}
+        (stats,) = [found for name, found in puff_patch.stats().items() if name.startswith("postgres")]
+        held = [psycopg2.connect(POSTGRES_URL, pool={"max_size": 2}) for _ in range(2)]
+        print(stats["pool_max"], len(held))
+    """)
+    assert told == "2 2\n"
+
+
+def test_subprocesses_let_greenlets_run(program: Program) -> None:
+    told = program("""
+        import subprocess, time
+        import gevent
+        from worker import backend
+
+        ticks = []
+
+        def tick():
+            while True:
+                ticks.append(1)
+                gevent.sleep(0.005)
+
+        gevent.spawn(tick)
+        backend()
+        assert subprocess.check_output(["sh", "-c", "sleep 0.1; echo out"], text=True) == "out\\n"
+        text = "x" * 1_000_000
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.communicate(text, timeout=20)[0] == text
+        with (
+            subprocess.Popen(["sh", "-c", "sleep 0.1; seq 1000"], stdout=subprocess.PIPE) as first,
+            subprocess.Popen(["tail", "-1"], stdin=first.stdout, stdout=subprocess.PIPE, text=True) as second,
+        ):
+            first.stdout.close()
+            assert second.communicate(timeout=20)[0] == "1000\\n"
+        backend()
+        print(len(ticks) > 20)
+    """)
+    assert told == "True\n"
