@@ -80,6 +80,7 @@ def test_native_threads_use_the_pools_beside_greenlets(program: Program) -> None
             del connection
             done.append(1)
 
+        use()  # imports what it needs: a native thread cannot wait for an import in another one, says gevent
         for _ in range(3):
             start(thread, ())
         start(leave_a_lease, ())
