@@ -227,7 +227,7 @@ def _shared_hosts() -> _Hosts:
     global _shared
     if _shared is None:
         _shared = _Hosts()
-        os.register_at_fork(after_in_child=_after_fork_in_child)
+        base.follow_forks(_after_fork_in_child)
     return _shared
 
 
