@@ -312,7 +312,9 @@ class Redis(Workload):
     expected = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.WatchError)
 
     def __init__(self, tag: str, max_size: int) -> None:
-        super().__init__(tag, max_size)
+        # Subscriptions have connections beside those of commands.
+        os.environ["PUFF_REDIS_BLOCKING_POOL_MAX_SIZE"] = str(max_size)
+        super().__init__(tag, max_size, sessions=2 * max_size)
         self.url = current().redis_url()
         self.admin = redis.Redis(
             connection_pool=redis.ConnectionPool.from_url(
@@ -410,7 +412,7 @@ class Redis(Workload):
         busy = [
             client for client in sessions if set(client["flags"]) & set("xbP") or client.get("watch", "0") != "0"
         ]
-        return f"the server has {busy or sessions}" if len(sessions) > self.max_size or busy else ""
+        return f"the server has {busy or sessions}" if len(sessions) > self.most_sessions or busy else ""
 
     def take(self) -> Any:
         return self.client.connection_pool.get_connection()
