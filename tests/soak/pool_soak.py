@@ -565,8 +565,11 @@ class HttpServer:
             writer.close()
 
     def is_open(self, writer: asyncio.StreamWriter) -> bool:
-        sock = writer.get_extra_info("socket")
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == self.ESTABLISHED
+        try:
+            state = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        except OSError:  # closed here
+            return False
+        return bool(state[0] == self.ESTABLISHED)
 
 
 def observe_requests(port: str, tag: str) -> None:
