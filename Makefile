@@ -13,7 +13,7 @@ MANAGE = cd sample_django_project && $(SERVICES) $(BIN)/python manage.py
 # Servers of your own, if you name them; else the embedded ones.
 SERVICES = PUFF_EMBEDDED=$(if $(PUFF_DEFAULT_POSTGRES_URL),$(if $(PUFF_DEFAULT_REDIS_URL),0,1),1)
 
-.PHONY: demo test lint pytest format tox soak bench-smoke install clean
+.PHONY: demo test lint pytest format tox soak bench-smoke bench-pools install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -61,6 +61,10 @@ soak: $(INSTALLED)
 # gunicorn -k gevent and this project's server on the sample, side by side.
 bench-smoke: $(INSTALLED)
 	PUFF_EMBEDDED=1 $(BIN)/python benchmarks/smoke.py
+
+# Connections from the pools beside connections made each time.
+bench-pools: $(INSTALLED)
+	PUFF_EMBEDDED=1 $(BIN)/python benchmarks/pools.py
 
 clean:
 	rm -rf $(VENV) .tox .mypy_cache .pytest_cache .ruff_cache build *.egg-info

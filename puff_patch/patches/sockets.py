@@ -6,11 +6,13 @@ comparing the modules before and after, and goes into the ledger like every othe
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import logging
 import sys
 import threading
 import warnings
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +68,8 @@ class SocketsPatch(Patch):
         import gevent.monkey
         from gevent.monkey import _state  # type: ignore[attr-defined]
 
+        if _thread._count():
+            self._wait_for_native_threads()
         before = [(owner, dict(vars(owner))) for owner in _touched()]
         # gevent's own ledger.  If somebody patched before us (gunicorn -k gevent does), there is nothing left
         # to replace here, and theirs stays when we unpatch.
@@ -86,6 +90,17 @@ class SocketsPatch(Patch):
             for owner, attributes in before:
                 self._record_changes(owner, attributes)
         make_reliable(self.ledger)
+
+    def _wait_for_native_threads(self) -> None:
+        """Let greenlets wait for what only a thread started earlier can bring, as in a worker of pytest-xdist.
+
+        gevent knows of sockets and timers; where there are none it raises LoopExit.
+        """
+        from puff_patch.runtime.mailbox import Mailbox
+
+        held = ExitStack()
+        held.enter_context(Mailbox.current().hold())
+        self.ledger.on_restore(held.close)
 
     def _record_changes(self, owner: Any, attributes: dict[str, Any]) -> None:
         for attribute, original in attributes.items():

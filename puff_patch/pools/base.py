@@ -187,6 +187,7 @@ class Pool(Generic[C]):
             PoolTimeout, TooManyRequests, PoolClosed: see there.
             Exception: whatever the driver raises when it cannot connect.
         """
+        _notice_fork()
         started = time.monotonic()
         slot = self._take(self.options.timeout if timeout is None else timeout, started)
         try:
@@ -209,6 +210,7 @@ class Pool(Generic[C]):
             connection: the connection that was in it.
             reusable: False closes the connection instead of keeping it.
         """
+        _notice_fork()
         now = time.monotonic()
         if slot.generation != self._generation:
             return  # leased before a fork, returned after it: the child has no share in it
@@ -615,16 +617,38 @@ def _unique(name: str) -> str:
 
 
 def _register(pool: Pool[Any]) -> None:
-    global _fork_hook_installed
-    if not _fork_hook_installed:
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-        _fork_hook_installed = True
+    follow_forks()
     _pools.add(pool)
 
 
+_process = 0
+_in_child: list[Callable[[], None]] = []
+
+
+def follow_forks(in_child: Callable[[], None] | None = None) -> None:
+    """See to it that a forked child starts afresh; ``in_child`` is called there, too."""
+    global _process, _fork_hook_installed
+    if not _fork_hook_installed:
+        _process = os.getpid()
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+        _fork_hook_installed = True
+    if in_child is not None and in_child not in _in_child:
+        _in_child.append(in_child)
+
+
 def _after_fork_in_child() -> None:
+    global _process
+    _process = os.getpid()
+    for in_child in _in_child:
+        in_child()
     for pool in list(_pools):
         pool._after_fork_in_child()
+
+
+def _notice_fork() -> None:
+    # A program in C (uWSGI) forks without a word to Python.
+    if os.getpid() != _process:
+        _after_fork_in_child()
 
 
 def all_pools() -> list[Pool[Any]]:

@@ -6,7 +6,6 @@ host, TLS settings and certificates, so sessions that differ in those do not sha
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -160,17 +159,14 @@ class SharedAdapter(HTTPAdapter):
 
 
 _adapter: SharedAdapter | None = None
-_fork_hook_installed = False
 
 
 def shared_adapter() -> SharedAdapter:
     """The adapter of this process, made at the first call."""
-    global _adapter, _fork_hook_installed
+    global _adapter
     if _adapter is None:
         _adapter = SharedAdapter()
-        if not _fork_hook_installed:
-            os.register_at_fork(after_in_child=_after_fork_in_child)
-            _fork_hook_installed = True
+        base.follow_forks(_after_fork_in_child)
     return _adapter
 
 

@@ -128,3 +128,25 @@ def test_subprocesses_let_greenlets_run(program: Program) -> None:
         print(len(ticks) > 20)
     """)
     assert told == "True\n"
+
+
+def test_a_fork_that_python_is_not_told_of_shares_nothing(program: Program) -> None:
+    """uWSGI forks in C; no hook of Python's runs in the child."""
+    told = program("""
+        import ctypes, json, os
+        import gevent
+        from worker import share_nothing, use
+
+        uses = [use()]
+        read, write = os.pipe()
+        pid = ctypes.PyDLL(None).fork()
+        if not pid:
+            gevent.reinit()
+            os.write(write, json.dumps(use()).encode())
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        uses += [json.loads(os.read(read, 10_000)), use()]
+        assert share_nothing(*uses), uses
+        print(len(uses))
+    """)
+    assert told == "3\n"
