@@ -264,8 +264,15 @@ for _ in range(2):
 def test_the_test_runner_makes_and_drops_its_databases(engine: str, driver: str, services) -> None:
     run(
         """
-setup({"default": database(ENGINE, CONN_MAX_AGE=None, TEST={"NAME": TAG})})
 import psycopg2
+from psycopg2.extensions import parse_dsn
+# A replica in production, and in tests the same database by another way.
+host = parse_dsn(POSTGRES_URL).get("host", "")
+replica = database("django.db.backends.postgresql", TEST={"MIRROR": "default"})
+setup({
+    "default": database(ENGINE, CONN_MAX_AGE=None, TEST={"NAME": TAG}),
+    "replica": {**replica, "ENGINE": ENGINE, "HOST": host + "/" if host.startswith("/") else host},
+})
 from django.db import connection
 from django.test.utils import setup_databases, teardown_databases
 admin = psycopg2.connect(POSTGRES_URL, pool=False)
@@ -279,7 +286,8 @@ old = setup_databases(verbosity=0, interactive=False, parallel=2)
 assert ours() == [TAG, TAG + "_1", TAG + "_2"], ours()
 assert ask("SELECT current_database()") == TAG
 # also in greenlets, whose connections nobody closes
-assert gevent.spawn(ask, "SELECT current_database()").get(timeout=10) == TAG
+for alias in ("default", "replica"):
+    assert gevent.spawn(ask, "SELECT current_database()", alias).get(timeout=10) == TAG
 teardown_databases(old, verbosity=0, parallel=2)
 assert ours() == []
 assert ask("SELECT current_database()") == before
