@@ -68,7 +68,7 @@ def test_events_and_veto() -> None:
                 if isinstance(event, puff_patch.WillPatch) and event.name == "redis":
                     raise puff_patch.DoNotPatch
         zope.event.subscribers.append(listen)
-        puff_patch.patch_all(sockets=False, django=False, requests=False)
+        puff_patch.patch_all(sockets=False, django=False, django_redis=False, requests=False)
         assert seen == [
             ("WillPatch", "psycopg2", False), ("DidPatch", "psycopg2", True), ("WillPatch", "redis", False)
         ], seen
