@@ -155,7 +155,8 @@ class Bounded:
 @functools.cache
 def _bounded(pool_class: type) -> type:
     """urllib3's class of pools (SOCKS has its own), bounded."""
-    return type(f"Bounded{pool_class.__name__}", (Bounded, pool_class), {})
+    # Its name is part of error messages.
+    return type(pool_class.__name__, (Bounded, pool_class), {})
 
 
 class _Hosts(RecentlyUsedContainer[Any, Any]):

@@ -1,16 +1,15 @@
 """Which Redis commands keep a connection to themselves, and who is running one now.
 
-Nothing here imports redis-py, so that its patch can know the commands before it is imported.
+Importing it imports neither redis-py nor gevent, so that the patch can know the commands before either is there.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-from gevent.local import local
 
 
 class Use(enum.Enum):
@@ -81,28 +80,33 @@ def use_of(args: Sequence[Any]) -> Use | None:
     return _USES.get(name)
 
 
-class _Current(local):
-    use: Use | None = None
+@functools.cache
+def _current() -> Any:
+    from gevent.local import local  # only once a command is run: importing a patch imports no gevent
 
+    class Current(local):
+        use: Use | None = None
 
-_current = _Current()
+    return Current()
 
 
 def current_use() -> Use | None:
     """What this greenlet takes connections for now."""
-    return _current.use
+    use: Use | None = _current().use
+    return use
 
 
 def took_one() -> None:
     """The first of `Use.SEVERAL` was taken."""
-    _current.use = Use.BLOCKING
+    _current().use = Use.BLOCKING
 
 
 @contextmanager
 def using(use: Use) -> Iterator[None]:
     """Within, this greenlet's connections are taken for ``use``."""
-    before, _current.use = _current.use, use
+    current = _current()
+    before, current.use = current.use, use
     try:
         yield
     finally:
-        _current.use = before
+        current.use = before

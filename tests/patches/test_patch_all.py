@@ -68,7 +68,8 @@ def test_events_and_veto() -> None:
                 if isinstance(event, puff_patch.WillPatch) and event.name == "redis":
                     raise puff_patch.DoNotPatch
         zope.event.subscribers.append(listen)
-        puff_patch.patch_all(sockets=False, psycopg=False, django=False, requests=False, sqlalchemy=False)
+        from puff_patch.patches import PATCHES
+        puff_patch.patch_all(**{name: name in ("psycopg2", "redis") for name in PATCHES})
         assert seen == [
             ("WillPatch", "psycopg2", False), ("DidPatch", "psycopg2", True), ("WillPatch", "redis", False)
         ], seen

@@ -40,7 +40,7 @@ def test_sentinel(tmp_path: Path) -> None:
 from redis.sentinel import Sentinel, SentinelConnectionPool
 sentinel = Sentinel([("127.0.0.1", int(os.environ["PORT"]))], socket_timeout=5)
 options = {"client_name": TAG, "max_connections": 2, "decode_responses": True}
-master, replica = sentinel.master_for("service", **options), sentinel.replica_for("service", **options)
+master, replica = sentinel.master_for("service", **options), sentinel.slave_for("service", **options)
 assert isinstance(master.connection_pool, SentinelConnectionPool)
 old = sentinel.discover_master("service")
 def use(number):
@@ -82,7 +82,7 @@ assert {"sentinel://service/master", "sentinel://service/replica", "sentinel://s
 # A class that the caller names is the caller's.
 own = sentinel.master_for("service", connection_pool_class=SentinelConnectionPool)
 assert type(own.connection_pool) is SentinelConnectionPool and own.ping()
-for client in (own, master, replica, sentinel):
+for client in (own, master, replica, *sentinel.sentinels):
     client.close()
 puff_patch.unpatch_all()
 assert type(sentinel.master_for("service").connection_pool) is SentinelConnectionPool

@@ -280,6 +280,7 @@ class Http(Driver):
         except EmptyPoolError as error:
             raise error.__cause__ or error from None
         if connection.sock is None:
+            connection.timeout = 10
             connection.connect()  # as urllib3 does before the first request
         return connection
 
@@ -288,8 +289,10 @@ class Http(Driver):
 
     def session(self, connection: Any) -> int:
         try:
-            connection.request("GET", "/session", preload_content=True)
-            return int(connection.getresponse().data)
+            connection.request("GET", "/session")
+            response = connection.getresponse()
+            # urllib3 2 has read it already; before, this was the standard library's.
+            return int(response.data if hasattr(response, "data") else response.read())
         except OSError as error:
             connection.close()  # as urllib3 does
             raise requests.exceptions.ConnectionError from error
