@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ DEFAULT_POSTGRES_URL = "postgres://postgres:password@localhost:5432/postgres"
 DEFAULT_REDIS_URL = "redis://localhost:6379"
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
-_FALSE = frozenset({"", "0", "false", "no", "off"})
+_FALSE = frozenset({"0", "false", "no", "off"})
 
 
 class ConfigError(ValueError):
@@ -99,6 +100,8 @@ class Config:
         data_dir: where the embedded services keep their data.
         postgres_urls: PostgreSQL URL by service name in lower case.
         redis_urls: Redis URL by service name in lower case.
+        pool_postgres: whether PostgreSQL connections are pooled at all.
+        unpooled_postgres: patterns of the PostgreSQL servers whose connections are not, see `pools_postgres`.
         postgres_pool: defaults for every PostgreSQL pool.
         redis_pool: defaults for every Redis pool.
         http_pool: defaults for the connections to one host that `requests` shares.
@@ -108,6 +111,8 @@ class Config:
     data_dir: Path = Path(".puff")
     postgres_urls: Mapping[str, str] = field(default_factory=dict)
     redis_urls: Mapping[str, str] = field(default_factory=dict)
+    pool_postgres: bool = True
+    unpooled_postgres: tuple[str, ...] = ()
     postgres_pool: PoolOptions = PoolOptions()
     redis_pool: PoolOptions = PoolOptions(max_size=50)
     http_pool: PoolOptions = PoolOptions(max_size=100)
@@ -140,6 +145,15 @@ class Config:
             return embedded.ensure(self.data_dir).redis_url
         return DEFAULT_REDIS_URL
 
+    def pools_postgres(self, name: str) -> bool:
+        """Whether connections to a PostgreSQL server are pooled, as far as the operator is concerned.
+
+        Args:
+            name: what a pool to it is called in statistics and messages, ``postgres://USER@HOST:PORT/DATABASE``.
+                It is compared with the patterns as the shell compares file names.
+        """
+        return self.pool_postgres and not any(fnmatchcase(name, pattern) for pattern in self.unpooled_postgres)
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
         """Read the ``PUFF_*`` variables of ``environ``.
@@ -171,19 +185,34 @@ class Config:
             data_dir=Path(environ.get("PUFF_DATA_DIR") or defaults.data_dir),
             postgres_urls=urls["POSTGRES"],
             redis_urls=urls["REDIS"],
+            pool_postgres=_flag(environ, "PUFF_POSTGRES_POOL", default=True),
+            unpooled_postgres=_patterns(environ, "PUFF_POSTGRES_UNPOOLED"),
             postgres_pool=pool("POSTGRES", defaults.postgres_pool),
             redis_pool=pool("REDIS", defaults.redis_pool),
             http_pool=pool("HTTP", defaults.http_pool),
         )
 
 
-def _flag(environ: Mapping[str, str], name: str) -> bool:
+def _flag(environ: Mapping[str, str], name: str, *, default: bool = False) -> bool:
     value = environ.get(name, "").strip().lower()
+    if not value:
+        return default
     if value in _TRUE:
         return True
     if value in _FALSE:
         return False
     raise ConfigError(f"{name} takes 1 or 0, got {environ[name]!r}")
+
+
+def _patterns(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    found = tuple(pattern for part in environ.get(name, "").split(",") if (pattern := part.strip()))
+    for pattern in found:
+        if not pattern.startswith(("postgres://", "*")):
+            raise ConfigError(
+                f"{name} takes patterns of pool names such as 'postgres://*@db:5432/reporting' or "
+                f"'*/reporting', separated by commas, got {pattern!r}"
+            )
+    return found
 
 
 def current() -> Config:

@@ -65,6 +65,33 @@ def test_data_dir(tmp_path: Path) -> None:
     assert Config.from_env({"PUFF_DATA_DIR": ""}).data_dir == Path(".puff")
 
 
+@pytest.mark.parametrize(
+    ("environ", "pooled"),
+    [
+        ({}, {"reporting", "shop"}),
+        ({"PUFF_POSTGRES_POOL": "", "PUFF_POSTGRES_UNPOOLED": " , "}, {"reporting", "shop"}),
+        ({"PUFF_POSTGRES_POOL": "1"}, {"reporting", "shop"}),
+        ({"PUFF_POSTGRES_POOL": "0"}, set()),
+        ({"PUFF_POSTGRES_UNPOOLED": "postgres://me@db:5432/reporting"}, {"shop"}),
+        ({"PUFF_POSTGRES_UNPOOLED": "*/none, postgres://*@db:5432/report*"}, {"shop"}),
+        ({"PUFF_POSTGRES_UNPOOLED": "*/Reporting"}, {"reporting", "shop"}),
+        ({"PUFF_POSTGRES_UNPOOLED": "*"}, set()),
+    ],
+)
+def test_pooling_can_be_turned_off_for_all_servers_or_some(environ: dict[str, str], pooled: set[str]) -> None:
+    found = Config.from_env(environ)
+    assert {
+        name for name in ("reporting", "shop") if found.pools_postgres(f"postgres://me@db:5432/{name}")
+    } == pooled
+
+
+def test_wrong_switches_of_pooling_are_refused() -> None:
+    with pytest.raises(ConfigError, match="PUFF_POSTGRES_POOL takes 1 or 0, got 'none'"):
+        Config.from_env({"PUFF_POSTGRES_POOL": "none"})
+    with pytest.raises(ConfigError, match=r"PUFF_POSTGRES_UNPOOLED takes patterns.*got 'reporting'"):
+        Config.from_env({"PUFF_POSTGRES_UNPOOLED": "*/shop,reporting"})
+
+
 def test_pool_options_of_each_kind() -> None:
     found = Config.from_env(
         {

@@ -36,9 +36,11 @@ class Psycopg2Patch(Patch):
             pool: bool | Mapping[str, Any] = True,
             **kwargs: Any,
         ) -> Any:
-            if pool is False or not _poolable(dsn, connection_factory, kwargs):
-                return original(dsn, _cooperative(connection_factory), cursor_factory, **kwargs)
-            return _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
+            if pool is not False and _poolable(dsn, connection_factory, kwargs):
+                lease = _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
+                if lease is not None:
+                    return lease
+            return original(dsn, _cooperative(connection_factory), cursor_factory, **kwargs)
 
         connect.__doc__ = (original.__doc__ or "") + _CONNECT_DOC
         self.ledger.replace(module, "connect", connect)
@@ -90,6 +92,7 @@ def _lease(
     pool: bool | Mapping[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
+    """A lease, or None if the operator wants no pool for this server."""
     from psycopg2 import extensions
 
     from puff_patch.config import ConfigError
@@ -101,9 +104,10 @@ def _lease(
         raise ConfigError(f"psycopg2.connect(pool=...) takes True, False or a mapping of options, got {pool!r}")
     overrides = dict(pool) if isinstance(pool, Mapping) else {}
     setup = overrides.pop("setup", None)
-    connection = postgres.get_pool(extensions.make_dsn(dsn, **kwargs), overrides, setup=setup).lease(
-        connection_factory or extensions.connection
-    )
+    found = postgres.get_pool(extensions.make_dsn(dsn, **kwargs), overrides, setup=setup)
+    if found is None:
+        return None
+    connection = found.lease(connection_factory or extensions.connection)
     if cursor_factory is not None:
         connection.cursor_factory = cursor_factory
     return connection

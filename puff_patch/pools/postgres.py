@@ -430,14 +430,21 @@ def display_name(parameters: Mapping[str, Any]) -> str:
     return f"postgres://{user}@{where}/{database}" if user else f"postgres://{where}/{database}"
 
 
-# What libpq takes from the environment if a DSN leaves it out, so that it is part of what a DSN means.
-_LIBPQ_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS")
+# What libpq takes from the environment if a DSN leaves it out, so that it is part of what a DSN means; and what
+# decides whether there is a pool (see `Config.pools_postgres`).
+_VARIABLES = (
+    *("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGSERVICE", "PGOPTIONS"),
+    *("PUFF_POSTGRES_POOL", "PUFF_POSTGRES_UNPOOLED"),
+)
 
-_registry: dict[Any, PostgresPool] = {}
+# None stands for a server that is not to be pooled.
+_registry: dict[Any, PostgresPool | None] = {}
 _registry_lock = get_original("_thread", "allocate_lock")()
 
 
-def get_pool(dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str | None = None) -> PostgresPool:
+def get_pool(
+    dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str | None = None
+) -> PostgresPool | None:
     """The pool of this process for a DSN with these options; made at the first call.
 
     Args:
@@ -445,19 +452,26 @@ def get_pool(dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str
         overrides: pool options that differ from the configured defaults.
         setup: see `PostgresPool`.
 
+    Returns:
+        None if the operator wants no pool for this server, see `puff_patch.config.Config.pools_postgres`.
+
     Raises:
         puff_patch.config.ConfigError: an unknown or impossible option.
     """
-    environment = tuple(map(os.environ.get, _LIBPQ_VARIABLES))
+    environment = tuple(map(os.environ.get, _VARIABLES))
     key = (dsn, tuple(sorted((overrides or {}).items())), setup, environment)
-    pool = _registry.get(key)
-    if pool is None or pool.closed:
-        options = current().postgres_pool.merged(overrides or {}, where="PostgreSQL pool options")
-        with _registry_lock:
-            pool = _registry.get(key)
-            if pool is None or pool.closed:
-                pool = _registry[key] = PostgresPool(dsn, options, setup=setup)
-        pool.open()
+    if key in _registry and ((pool := _registry[key]) is None or not pool.closed):
+        return pool
+    config = current()
+    options = config.postgres_pool.merged(overrides or {}, where="PostgreSQL pool options")
+    if not config.pools_postgres(display_name(extensions.parse_dsn(dsn))):
+        _registry[key] = None
+        return None
+    with _registry_lock:
+        pool = _registry.get(key)
+        if pool is None or pool.closed:
+            pool = _registry[key] = PostgresPool(dsn, options, setup=setup)
+    pool.open()
     return pool
 
 
@@ -470,7 +484,7 @@ def drain_pools(*, dbname: str, host: str = "", port: str = "") -> None:
         port: as in the DSN, empty if it names none.
     """
     wanted = {"dbname": dbname, "host": host, "port": port}
-    for pool in list(_registry.values()):
+    for pool in filter(None, list(_registry.values())):
         found = extensions.parse_dsn(pool.dsn)
         if all(found.get(name, "") == value for name, value in wanted.items()):
             pool.drain()

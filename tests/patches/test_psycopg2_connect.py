@@ -252,6 +252,45 @@ assert puff_patch.stats() == {}, puff_patch.stats()
     )
 
 
+@pytest.mark.parametrize("switch", ["all", "server", "call"])
+def test_without_a_pool_connections_are_still_cooperative(services, switch) -> None:
+    """Twenty times as many as a pool of one would give, all waiting at once; COPY works; `close` closes."""
+    env = {
+        "all": {"PUFF_POSTGRES_POOL": "0"},
+        "server": {"PUFF_POSTGRES_UNPOOLED": "*/nowhere,postgres://*@*/" + "postgres"},
+        "call": {},
+    }[switch]
+    options = "pool=False" if switch == "call" else "pool={'max_size': 1, 'timeout': 0.1, 'setup': 'SELECT 1'}"
+    run_python(
+        PATCHED
+        + f"OPTIONS = dict({options})"
+        + """
+import io
+from psycopg2.extensions import connection
+class Mine(connection):
+    pass
+connections = [psycopg2.connect(URL, connection_factory=Mine, **OPTIONS) for _ in range(20)]
+assert puff_patch.stats() == {}, puff_patch.stats()
+waiting = [gevent.spawn(ask, connection, "SELECT pg_sleep(0.3) IS NULL") for connection in connections]
+started = time.monotonic()
+gevent.joinall(waiting, raise_error=True)
+assert time.monotonic() - started < 3
+out = io.StringIO()
+with connections[0].cursor() as cursor:
+    cursor.copy_expert("COPY (SELECT 7) TO STDOUT", out)
+assert out.getvalue().strip() == "7"
+session = ask(connections[0], "SELECT pg_backend_pid()")
+connections[1].rollback()
+connections[1].autocommit = True
+assert isinstance(connections[0], Mine)
+connections[0].close()
+while ask(connections[1], "SELECT count(*) FROM pg_stat_activity WHERE pid = %s", session):
+    gevent.sleep(0.01)
+""",
+        env={**services.env(), **env},
+    )
+
+
 def test_cursor_factories_and_keywords(services) -> None:
     run_python(
         PATCHED
