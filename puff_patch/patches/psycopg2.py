@@ -27,6 +27,7 @@ class Psycopg2Patch(Patch):
         extensions.set_wait_callback(wait_callback)
         self.ledger.on_restore(lambda: extensions.set_wait_callback(previous))
         original = module.connect
+        connect_in_c = module._connect
 
         def connect(
             dsn: str | None = None,
@@ -36,6 +37,9 @@ class Psycopg2Patch(Patch):
             pool: bool | Mapping[str, Any] = True,
             **kwargs: Any,
         ) -> Any:
+            if module._connect is not connect_in_c:
+                # A test's stand-in, a tracer: it is to see what the program asks for.
+                return original(dsn, connection_factory, cursor_factory, **kwargs)
             if pool is not False and _poolable(dsn, connection_factory, kwargs):
                 lease = _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
                 if lease is not None:
@@ -77,10 +81,13 @@ def _poolable(dsn: str | None, connection_factory: Any, kwargs: Mapping[str, Any
 
 def _cooperative(connection_factory: Any) -> Any:
     """The same factory with what psycopg2 refuses to cooperative connections, where it can have it."""
-    from puff_patch.pools.offload import connection_class
-    from puff_patch.pools.postgres import can_be_leased
+    from psycopg2 import extensions
 
-    if connection_factory is None or can_be_leased(connection_factory):
+    from puff_patch.pools.offload import connection_class
+
+    if connection_factory is None or (
+        isinstance(connection_factory, type) and issubclass(connection_factory, extensions.connection)
+    ):
         return connection_class(connection_factory)
     return connection_factory
 
@@ -92,7 +99,7 @@ def _lease(
     pool: bool | Mapping[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """A lease, or None if the operator wants no pool for this server."""
+    """A lease, or None if the operator wants no pool for this server or the factory cannot have one."""
     from psycopg2 import extensions
 
     from puff_patch.config import ConfigError
@@ -107,7 +114,10 @@ def _lease(
     found = postgres.get_pool(extensions.make_dsn(dsn, **kwargs), overrides, setup=setup)
     if found is None:
         return None
-    connection = found.lease(connection_factory or extensions.connection)
+    try:
+        connection = found.lease(connection_factory or extensions.connection)
+    except postgres.NotLeasable:
+        return None
     if cursor_factory is not None:
         connection.cursor_factory = cursor_factory
     return connection

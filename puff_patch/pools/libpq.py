@@ -41,6 +41,15 @@ def stop_query(connection: extensions.connection) -> None:
         _start_thread(_send_cancel, (libpq, request, Mailbox.current()))
 
 
+def finish(pointer: int) -> None:
+    """Close a connection that no object of psycopg2's refers to any longer.
+
+    Args:
+        pointer: what its ``pgconn_ptr`` was.
+    """
+    _libpq().PQfinish(pointer)
+
+
 @contextmanager
 def blocking_mode(connection: extensions.connection) -> Iterator[None]:
     """Within the block, calls of libpq wait by themselves, which they do not on a cooperative connection."""
@@ -72,5 +81,6 @@ def _libpq() -> Any:
         ctypes.c_int,
     )
     libpq.PQsetnonblocking.argtypes, libpq.PQsetnonblocking.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_int
+    libpq.PQfinish.argtypes, libpq.PQfinish.restype = [ctypes.c_void_p], None
     libpq.PQfreeCancel.argtypes, libpq.PQfreeCancel.restype = [ctypes.c_void_p], None
     return libpq

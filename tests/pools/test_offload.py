@@ -186,6 +186,29 @@ report(([written, same, part, gone, isinstance(made, Mine), ticker.count > 0]))
     assert found == [2_000_000, True, True, True, True, True]
 
 
+@pytest.mark.parametrize("pool", [True, False], ids=["leased", "own connection"])
+def test_a_large_object_ends_with_its_connection(services, pool):
+    run(
+        services,
+        """
+connection = connect()
+made = connection.lobject(0, "wb")
+made.write(b"mine")
+connection.close()
+assert made.closed
+for call in (made.read, made.tell, made.unlink, lambda: made.write(b"more"), lambda: made.export("/nowhere")):
+    try:
+        call()
+    except psycopg2.InterfaceError as error:
+        assert "already closed" in str(error), error
+    else:
+        raise AssertionError("it reached the server")
+made.close()
+""",
+        pool,
+    )
+
+
 def test_cursor_factories_keep_their_meaning(services):
     found = run(
         services,

@@ -402,6 +402,41 @@ def test_an_old_cursor_never_works_on_a_later_lease_of_its_session(pool: Postgre
     connection.close()
 
 
+def test_a_weakly_held_handle_costs_its_session_not_its_safety(pool: PostgresPool) -> None:
+    """Who keeps things in a WeakKeyDictionary by connection must not find them at somebody else's."""
+    connection = pool.lease()
+    session = pid(connection)
+    notes = weakref.WeakKeyDictionary({connection: "mine"})
+    connection.close()
+    del connection
+    assert not notes
+    other = pool.lease()
+    assert other not in notes
+    assert pid(other) != session
+    other.close()
+
+
+def test_a_broken_lease_leaves_its_place_at_once(pool: PostgresPool, postgres_url: str) -> None:
+    """Though the program has not closed it, and may look at it still."""
+    connection = pool.lease()
+    admin = _psycopg._connect(postgres_url)
+    ask(admin, "SELECT pg_terminate_backend(%s, 5000)", pid(connection))
+    admin.close()
+    with pytest.raises(psycopg2.OperationalError):
+        ask(connection, "SELECT 1")
+    other = pool.lease(timeout=0.1)
+    assert ask(other, "SELECT 42") == 42
+    assert connection.closed == 2, "psycopg2's word for broken"
+    with pytest.raises(psycopg2.InterfaceError):
+        connection.cursor()
+    connection.close()
+    assert connection.closed
+    assert ask(other, "SELECT 42") == 42
+    other.close()
+    stats = pool.get_stats()
+    assert (stats["pool_size"], stats["returns_bad"]) == (1, 1)
+
+
 def test_a_held_handle_costs_its_session_not_its_safety(pool: PostgresPool) -> None:
     first = pool.lease()
     first.close()
