@@ -6,6 +6,7 @@ Replaces ``psycopg2.connect`` and sets psycopg2's wait callback.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,8 @@ class Psycopg2Patch(Patch):
                 lease = _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
                 if lease is not None:
                     return lease
-            return original(dsn, _cooperative(connection_factory), cursor_factory, **kwargs)
+            with _patiently(dsn, kwargs):
+                return original(dsn, _cooperative(connection_factory), cursor_factory, **kwargs)
 
         connect.__doc__ = (original.__doc__ or "") + _CONNECT_DOC
         self.ledger.replace(module, "connect", connect)
@@ -77,6 +79,23 @@ def _poolable(dsn: str | None, connection_factory: Any, kwargs: Mapping[str, Any
     if dsn and "replication" in dsn and extensions.parse_dsn(dsn).get("replication"):
         return False
     return connection_factory is None or can_be_leased(connection_factory)
+
+
+def _patiently(dsn: str | None, kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Keeps to the connect_timeout of a connection that is not pooled."""
+    from psycopg2 import OperationalError, extensions
+
+    from puff_patch.pools.postgres import at_most, connect_timeout
+
+    parameters = {name: value for name, value in kwargs.items() if name not in ("async", "async_")}
+    if len(parameters) < len(kwargs) and any(kwargs[name] for name in kwargs.keys() - parameters.keys()):
+        return nullcontext()  # an asynchronous one returns before it is connected
+    if dsn is None and not parameters:
+        return nullcontext()  # psycopg2 says what is missing
+    seconds = connect_timeout(extensions.make_dsn(dsn, **parameters))
+    return at_most(
+        seconds, lambda: OperationalError(f"connection to server failed: timeout expired ({seconds:g} s)")
+    )
 
 
 def _cooperative(connection_factory: Any) -> Any:

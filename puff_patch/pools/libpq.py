@@ -50,6 +50,16 @@ def finish(pointer: int) -> None:
     _libpq().PQfinish(pointer)
 
 
+def leave_copy(connection: extensions.connection) -> None:
+    """Read what is left of a COPY that was broken off, so that the connection can be used; waits by itself.
+
+    PQexec does so first thing, which psycopg2 relies on, but a cooperative connection's commands do not use it.
+    """
+    if is_busy(connection):
+        libpq = _libpq()
+        libpq.PQclear(libpq.PQexec(connection.pgconn_ptr, b""))
+
+
 @contextmanager
 def blocking_mode(connection: extensions.connection) -> Iterator[None]:
     """Within the block, calls of libpq wait by themselves, which they do not on a cooperative connection."""
@@ -81,6 +91,8 @@ def _libpq() -> Any:
         ctypes.c_int,
     )
     libpq.PQsetnonblocking.argtypes, libpq.PQsetnonblocking.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_int
+    libpq.PQexec.argtypes, libpq.PQexec.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
+    libpq.PQclear.argtypes, libpq.PQclear.restype = [ctypes.c_void_p], None
     libpq.PQfinish.argtypes, libpq.PQfinish.restype = [ctypes.c_void_p], None
     libpq.PQfreeCancel.argtypes, libpq.PQfreeCancel.restype = [ctypes.c_void_p], None
     return libpq

@@ -56,9 +56,13 @@ def copy_expert(cursor: Any, statement: Any, file: Any, size: int = 8192) -> Non
     def work(desk: _Desk) -> None:
         stand_in = _File(desk, file)
         with Gate() as gate, libpq.blocking_mode(connection):
-            gate.pass_through(
-                partial(_psycopg.cursor.copy_expert, cursor, Statement(gate, statement), stand_in, size)
-            )
+            try:
+                gate.pass_through(
+                    partial(_psycopg.cursor.copy_expert, cursor, Statement(gate, statement), stand_in, size)
+                )
+            except BaseException:
+                libpq.leave_copy(connection)
+                raise
         stand_in.flush_rows()
 
     _in_thread(connection, work)
@@ -401,6 +405,8 @@ class _Desk:
     def __init__(self) -> None:
         self._mailbox = Mailbox.current()
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        #: What interrupted the greenlet; from then on it does nothing more for the thread, which is to end.
+        self.interruption: BaseException | None = None
 
     def ask(self, work: Callable[[], T]) -> T:
         """In the thread: have ``work`` done by the greenlet, wait for it, return or raise what it does."""
@@ -410,7 +416,10 @@ class _Desk:
 
         def order() -> None:
             try:
-                outcome.extend((True, work()))
+                if self.interruption is not None:
+                    outcome.extend((False, self.interruption))
+                else:
+                    outcome.extend((True, work()))
             except BaseException as error:
                 outcome.extend((False, error))
                 if not isinstance(error, Exception):
@@ -452,7 +461,6 @@ def _in_thread(connection: Any, work: Callable[[_Desk], T]) -> T:
 
     with Mailbox.current().hold():
         task = _threads().spawn(run)
-        interruption: BaseException | None = None
         served = False
         while not (served and task.ready()):
             try:
@@ -462,12 +470,12 @@ def _in_thread(connection: Any, work: Callable[[_Desk], T]) -> T:
                 task.wait()
             except BaseException as error:  # noqa: BLE001 - killed or timed out; raised once the thread has ended
                 # The thread uses the connection and what the greenlet owns, so it must end first; make it.
-                if interruption is None:
-                    interruption = error
+                if desk.interruption is None:
+                    desk.interruption = error
                     libpq.stop_query(connection)
     succeeded, result = outcome
-    if interruption is not None:
-        raise interruption
+    if desk.interruption is not None:
+        raise desk.interruption
     if not succeeded:
         raise result
     answer: T = result

@@ -18,7 +18,7 @@ import socket
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -128,6 +128,7 @@ class LeasedConnection(CooperativeConnection):
         lease = self._puff_lease
         if lease is not None and self.closed:
             self._puff_lease = None
+            _hang_up(self)  # psycopg2 does so when the program closes it, which may be never
             lease.pool.checkin_broken(lease.slot)
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
@@ -340,10 +341,8 @@ class PostgresPool(Pool[LeasedConnection]):
             raise
 
     def _connect(self) -> LeasedConnection:
-        limit = extensions.parse_dsn(self.dsn).get("connect_timeout")
-        # In its cooperative mode libpq leaves connect_timeout to its caller; 0 means for ever there.
-        seconds = float(limit) if limit and float(limit) > 0 else self.options.timeout
-        with _at_most(seconds, lambda: self._unreachable(f"timeout expired: no answer in {seconds:g} s")):
+        seconds = connect_timeout(self.dsn) or self.options.timeout
+        with at_most(seconds, lambda: self._unreachable(f"timeout expired: no answer in {seconds:g} s")):
             try:
                 connection: LeasedConnection = _connect(self.dsn, connection_factory=LeasedConnection)
             except psycopg2.OperationalError as error:
@@ -367,7 +366,7 @@ class PostgresPool(Pool[LeasedConnection]):
         for cursor in connection._puff_cursors.alive():
             cursor.close()
         seconds = self.options.timeout
-        with _at_most(seconds, lambda: psycopg2.OperationalError(f"no answer in {seconds:g} s")):
+        with at_most(seconds, lambda: psycopg2.OperationalError(f"no answer in {seconds:g} s")):
             self._reset_session(connection)
         _forget(connection)
         connection.__class__ = _returned_class(LeasedConnection)
@@ -419,11 +418,18 @@ class PostgresPool(Pool[LeasedConnection]):
         # Another greenlet waits in this connection and holds its lock, a native one: closing it here would stop
         # the whole thread for ever.  At the end of the socket that greenlet wakes with an error and closes it.
         stop_query(connection)
-        with _socket(fileno=os.dup(_C.fileno(connection))) as duplicate:
-            duplicate.shutdown(socket.SHUT_RDWR)
+        _hang_up(connection)
 
     def _abandon(self, connection: LeasedConnection) -> None:
         """Nothing to do: psycopg2 leaves the socket alone in a process that did not open it."""
+
+
+def _hang_up(connection: extensions.connection) -> None:
+    """End the session by the end of its socket, which psycopg2 still has and will close."""
+    descriptor = connection.info.socket
+    if descriptor >= 0:
+        with _socket(fileno=os.dup(descriptor)) as duplicate, suppress(OSError):  # ended by the server already
+            duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def _is_idle(connection: extensions.connection) -> bool:
@@ -442,8 +448,22 @@ def _forget(connection: LeasedConnection) -> None:
     connection._puff_cursors = cursors
 
 
+def connect_timeout(dsn: str) -> float | None:
+    """Seconds that a DSN gives the server to answer; None for ever.
+
+    In its cooperative mode libpq leaves keeping to it to its caller.
+    """
+    limit = extensions.parse_dsn(dsn).get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    try:
+        seconds = float(limit or 0)
+    except ValueError:
+        return None  # libpq says what is wrong with it
+    return seconds if seconds > 0 else None
+
+
 @contextmanager
-def _at_most(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
+def at_most(seconds: float | None, error: Callable[[], Exception]) -> Iterator[None]:
+    """Raise ``error()`` in a block that takes longer than ``seconds``; None is for ever."""
     timeout = gevent.Timeout(seconds)
     timeout.start()
     try:

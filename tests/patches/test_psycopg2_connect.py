@@ -422,6 +422,28 @@ report(message)
     assert "PUFF_EMBEDDED=1" in message
 
 
+@pytest.mark.parametrize("how", ["keyword", "environment"])
+def test_the_connect_timeout_of_a_connection_without_a_pool(how) -> None:
+    """libpq leaves it to the caller as soon as waits are cooperative."""
+    message = run_python(
+        PATCHED
+        + """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+options = {"connect_timeout": 1} if "PGCONNECT_TIMEOUT" not in os.environ else {}
+started = time.monotonic()
+message = refused(
+    psycopg2.OperationalError, host="127.0.0.1", port=listener.getsockname()[1], user="me", pool=False, **options
+)
+assert 0.9 < time.monotonic() - started < 3
+listener.close()
+report(message)
+""",
+        env={"PGCONNECT_TIMEOUT": "1"} if how == "environment" else {},
+    )
+    assert "timeout expired" in message
+
+
 def test_servers_sessions_ended_by_an_administrator(services) -> None:
     """pg_terminate_backend on an idle and on a leased connection."""
     run_python(

@@ -437,6 +437,20 @@ def test_a_broken_lease_leaves_its_place_at_once(pool: PostgresPool, postgres_ur
     assert (stats["pool_size"], stats["returns_bad"]) == (1, 1)
 
 
+def test_an_interrupted_lease_that_is_never_closed_keeps_no_session(pool: PostgresPool, postgres_url: str) -> None:
+    """psycopg2 marks it as broken and keeps its socket open; the server would count it."""
+    connection = pool.lease()
+    session = pid(connection)
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.1):
+        ask(connection, "SELECT pg_sleep(30)")
+    assert connection.closed
+    admin = _psycopg._connect(postgres_url)
+    admin.autocommit = True
+    eventually(lambda: ask(admin, "SELECT count(*) FROM pg_stat_activity WHERE pid = %s", session) == 0)
+    admin.close()
+    assert ask(pool.lease(timeout=0.1), "SELECT 42") == 42
+
+
 def test_a_held_handle_costs_its_session_not_its_safety(pool: PostgresPool) -> None:
     first = pool.lease()
     first.close()
