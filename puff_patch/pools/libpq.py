@@ -12,6 +12,7 @@ from typing import Any
 from gevent.monkey import get_original
 from psycopg2 import _psycopg, extensions
 
+from puff_patch.pools.turns import is_inherited
 from puff_patch.runtime.mailbox import Mailbox
 
 logger = logging.getLogger("puff_patch.pools")
@@ -26,19 +27,29 @@ def is_busy(connection: extensions.connection) -> bool:
     return bool(status == extensions.TRANSACTION_STATUS_ACTIVE)
 
 
-def stop_query(connection: extensions.connection) -> None:
+def stop_query(connection: extensions.connection, then: Callable[[], object] | None = None) -> bool:
     """Ask the server to stop what it does for a connection; does not wait for it, and does nothing if it is idle.
+
+    Args:
+        connection: what the server works for.  If it is to be used again, then only after ``then``: a request
+            that comes late would stop its next query.
+        then: called in this hub when the server has been told.
+
+    Returns:
+        Whether there was something to stop, so that ``then`` will be called.
 
     Not by ``connection.cancel()``: that keeps the GIL until the server has answered, which a server that is gone
     does not, and with it every greenlet and thread of the process.
     """
-    if not is_busy(connection):
-        return
+    if not is_busy(connection) or is_inherited(connection):
+        return False
     libpq = _libpq()
     # Independent of the connection, which psycopg2 closes as soon as the interrupted query has raised.
     request = libpq.PQgetCancel(connection.pgconn_ptr)
-    if request:
-        _start_thread(_send_cancel, (libpq, request, Mailbox.current()))
+    if not request:
+        return False
+    _start_thread(_send_cancel, (libpq, request, Mailbox.current(), then))
+    return True
 
 
 def finish(pointer: int) -> None:
@@ -72,13 +83,15 @@ def blocking_mode(connection: extensions.connection) -> Iterator[None]:
             libpq.PQsetnonblocking(pointer, 1)
 
 
-def _send_cancel(libpq: Any, request: int, mailbox: Mailbox) -> None:
+def _send_cancel(libpq: Any, request: int, mailbox: Mailbox, then: Callable[[], object] | None) -> None:
     reason = ctypes.create_string_buffer(256)
     sent = libpq.PQcancel(request, reason, len(reason))
     libpq.PQfreeCancel(request)
     if not sent:
         text = reason.value.decode(errors="replace").strip()
         mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", text)
+    if then is not None:
+        mailbox.post(then)
 
 
 @cache

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import gevent
 import psycopg2
+from gevent.event import Event
 from gevent.monkey import get_original
 from gevent.queue import SimpleQueue
 from gevent.threadpool import ThreadPool
@@ -462,17 +463,22 @@ def _in_thread(connection: Any, work: Callable[[_Desk], T]) -> T:
     with Mailbox.current().hold():
         task = _threads().spawn(run)
         served = False
-        while not (served and task.ready()):
+        stopped = Event()
+        stopped.set()
+        while not (served and task.ready() and stopped.is_set()):
             try:
                 if not served:
                     desk.serve()
                     served = True
                 task.wait()
+                stopped.wait()
             except BaseException as error:  # noqa: BLE001 - killed or timed out; raised once the thread has ended
                 # The thread uses the connection and what the greenlet owns, so it must end first; make it.
                 if desk.interruption is None:
                     desk.interruption = error
-                    libpq.stop_query(connection)
+                    stopped.clear()
+                    if not libpq.stop_query(connection, stopped.set):
+                        stopped.set()
     succeeded, result = outcome
     if desk.interruption is not None:
         raise desk.interruption

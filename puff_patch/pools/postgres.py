@@ -32,6 +32,7 @@ from puff_patch.pools import base
 from puff_patch.pools.base import Discard, Pool, Slot
 from puff_patch.pools.libpq import finish, is_busy, stop_query
 from puff_patch.pools.offload import CooperativeConnection, has_large_objects
+from puff_patch.pools.turns import is_inherited
 
 _POLL_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 _poll: Callable[[], Any] = get_original("select", "poll")
@@ -427,7 +428,7 @@ class PostgresPool(Pool[LeasedConnection]):
 def _hang_up(connection: extensions.connection) -> None:
     """End the session by the end of its socket, which psycopg2 still has and will close."""
     descriptor = connection.info.socket
-    if descriptor >= 0:
+    if descriptor >= 0 and not is_inherited(connection):
         with _socket(fileno=os.dup(descriptor)) as duplicate, suppress(OSError):  # ended by the server already
             duplicate.shutdown(socket.SHUT_RDWR)
 

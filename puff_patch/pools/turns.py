@@ -9,6 +9,7 @@ has nothing to do for the server still let others run.
 from __future__ import annotations
 
 import functools
+import os
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -27,19 +28,23 @@ _allocate_lock: Callable[[], Any] = get_original("_thread", "RLock")
 class _Waiter:
     """A greenlet that waits for its turn; woken through its own hub's mailbox if need be."""
 
-    __slots__ = ("_hub", "_mailbox", "event", "greenlet")
+    __slots__ = ("_event", "_hub", "_mailbox", "greenlet")
 
     def __init__(self) -> None:
         self.greenlet = gevent.getcurrent()
-        self.event = Event()
+        self._event = Event()
         self._hub = gevent.get_hub()
         self._mailbox = Mailbox.current()
 
+    def wait(self) -> None:
+        with self._mailbox.hold():  # it may be another thread that wakes this one
+            self._event.wait()
+
     def wake(self) -> bool:
         if gevent.get_hub() is self._hub:
-            self.event.set()
+            self._event.set()
             return True
-        return self._mailbox.post(self.event.set)
+        return self._mailbox.post(self._event.set)
 
 
 class Turn:
@@ -48,12 +53,13 @@ class Turn:
     gevent's own is not: a greenlet that runs one query after another would keep it from all others.
     """
 
-    __slots__ = ("_depth", "_lock", "_owner", "_waiting")
+    __slots__ = ("_depth", "_lock", "_owner", "_process", "_waiting")
 
     def __init__(self) -> None:
         self._lock = _allocate_lock()  # native, held for a few bytecodes and never over a switch
         self._owner: Any = None
         self._depth = 0
+        self._process = os.getpid()
         self._waiting: deque[_Waiter] = deque()
 
     def acquire(self) -> bool:
@@ -68,7 +74,7 @@ class Turn:
                 return False
             self._waiting.append(waiter)
         try:
-            waiter.event.wait()
+            waiter.wait()
         except BaseException:
             with self._lock:
                 if waiter in self._waiting:
@@ -85,6 +91,11 @@ class Turn:
             return False
         self._depth += 1
         return True
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a copy that a fork has made."""
+        return self._process != os.getpid()
 
     @property
     def taken(self) -> bool:
@@ -130,6 +141,12 @@ def is_taken(connection: Any) -> bool:
     """Whether some greenlet uses the connection now."""
     turn: Turn | None = connection._puff_turn
     return turn is not None and turn.taken
+
+
+def is_inherited(connection: Any) -> bool:
+    """Whether the connection is known to belong to the process that this one was forked from."""
+    turn: Turn | None = getattr(connection, "_puff_turn", None)
+    return turn is not None and turn.inherited
 
 
 def in_turn(function: Callable[..., Any], connection_of: Callable[[Any], Any] = lambda self: self) -> Any:

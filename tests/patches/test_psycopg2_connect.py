@@ -176,6 +176,40 @@ held.close()
     )
 
 
+def test_a_fork_leaves_the_parents_running_query_alone(services) -> None:
+    """The child connects anew, and its copy of the lease ends with it, or with a close()."""
+    run_python(
+        PATCHED
+        + """
+import io
+def copy(connection):
+    out = io.StringIO()
+    with connection.cursor() as cursor:
+        cursor.copy_expert("COPY (SELECT 7) TO STDOUT", out)
+    return out.getvalue().strip()
+for pool in (True, False):
+    held = psycopg2.connect(URL, pool=pool)
+    assert copy(held) == "7"
+    worker = gevent.spawn(ask, held, "SELECT 42 FROM pg_sleep(0.5)")
+    while held.info.transaction_status != extensions.TRANSACTION_STATUS_ACTIVE:
+        gevent.sleep(0.01)
+    child = os.fork()
+    if not child:
+        if pool:
+            held.close()
+            assert held.closed
+        mine = psycopg2.connect(URL, pool=pool)
+        assert ask(mine, "SELECT 1") == 1 and copy(mine) == "7"
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert worker.get(timeout=10) == 42
+    assert copy(held) == "7"
+    held.close()
+""",
+        env=services.env(),
+    )
+
+
 def test_options_of_the_pool(services) -> None:
     run_python(
         PATCHED

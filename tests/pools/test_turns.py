@@ -76,6 +76,20 @@ connection.close()
     )
 
 
+def test_native_threads_share_a_connection_with_greenlets(run) -> None:
+    run(
+        """
+from gevent.threadpool import ThreadPool
+def work(number):
+    return all(ask("SELECT %s", number + turn) == number + turn for turn in range(20))
+threads = ThreadPool(3)
+tasks = [threads.spawn(work, 1000 * n) for n in range(3)] + [gevent.spawn(work, 1000 * n) for n in range(3, 6)]
+assert all(task.get() for task in tasks)
+threads.kill()
+"""
+    )
+
+
 def test_turns_come_in_the_order_of_asking_and_an_idle_loop_leaves_them(run) -> None:
     run(
         """
