@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import psycopg2
+from gevent.event import Event
 from gevent.monkey import get_original
 from psycopg2 import _psycopg, extensions
 
@@ -52,6 +54,32 @@ def stop_query(connection: extensions.connection, then: Callable[[], object] | N
     return True
 
 
+def cancel(connection: extensions.connection) -> None:
+    """``connection.cancel()``, while other greenlets run; see `stop_query` for why.
+
+    Raises:
+        psycopg2.OperationalError: the request could not be sent.
+    """
+    libpq = _libpq()
+    request = libpq.PQgetCancel(connection.pgconn_ptr)
+    if not request:
+        extensions.connection.cancel(connection)  # says what is wrong
+        return
+    outcome: list[str] = []
+    done = Event()
+    mailbox = Mailbox.current()
+
+    def send() -> None:
+        outcome.extend(_cancel(libpq, request))
+        mailbox.post(done.set)
+
+    _start_thread(send, ())
+    with mailbox.hold():
+        done.wait()
+    if outcome:
+        raise psycopg2.OperationalError(outcome[0])
+
+
 def finish(pointer: int) -> None:
     """Close a connection that no object of psycopg2's refers to any longer.
 
@@ -84,14 +112,18 @@ def blocking_mode(connection: extensions.connection) -> Iterator[None]:
 
 
 def _send_cancel(libpq: Any, request: int, mailbox: Mailbox, then: Callable[[], object] | None) -> None:
+    for reason in _cancel(libpq, request):
+        mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", reason)
+    if then is not None:
+        mailbox.post(then)
+
+
+def _cancel(libpq: Any, request: int) -> list[str]:
+    """Send a request to cancel and wait for the answer; gives what went wrong, if anything did."""
     reason = ctypes.create_string_buffer(256)
     sent = libpq.PQcancel(request, reason, len(reason))
     libpq.PQfreeCancel(request)
-    if not sent:
-        text = reason.value.decode(errors="replace").strip()
-        mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", text)
-    if then is not None:
-        mailbox.post(then)
+    return [] if sent else [reason.value.decode(errors="replace").strip()]
 
 
 @cache

@@ -280,6 +280,13 @@ class CooperativeConnection(extensions.connection):
             return super().lobject(*args, **kwargs)
         return large_object(self, *args, **kwargs)
 
+    def cancel(self) -> None:
+        """As psycopg2's, while other greenlets run."""
+        if self.closed or self.status == extensions.STATUS_PREPARED or gevent.getcurrent() is gevent.get_hub():
+            super().cancel()
+        else:
+            libpq.cancel(self)
+
     commit = yielding(in_turn(extensions.connection.commit))
     rollback = yielding(in_turn(extensions.connection.rollback))
     close = in_turn(extensions.connection.close)

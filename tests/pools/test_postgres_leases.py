@@ -733,7 +733,7 @@ def test_a_server_that_never_answers_is_a_time_out(make_pool: MakePool) -> None:
 
 
 def test_an_interruption_does_not_wait_for_a_server_that_is_gone(postgres_url: str) -> None:
-    """Neither the interrupted greenlet nor any other, though the request to cancel gets no answer."""
+    """Neither the interrupted greenlet nor any other, though the requests to cancel get no answer."""
     proxy = PostgresProxy(postgres_url)
     pool = PostgresPool(proxy.dsn, PoolOptions(max_size=1))
     connection = pool.lease()
@@ -749,10 +749,12 @@ def test_an_interruption_does_not_wait_for_a_server_that_is_gone(postgres_url: s
             gevent.sleep(0.01)
 
     ticker = gevent.spawn(tick)
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.1):
+        connection.cancel()
     started = time.monotonic()
     worker.kill()
     assert time.monotonic() - started < 1
-    eventually(lambda: proxy.accepted == 2, what="the request to cancel")
+    eventually(lambda: proxy.accepted == 3, what="both requests to cancel")
     gevent.sleep(0.2)
     ticker.kill()
     assert max(later - earlier for earlier, later in itertools.pairwise(ticks)) < 0.15
