@@ -90,6 +90,7 @@ class Postgres(Server):
             *("-D", str(self.data)),
             *("-h", "", "-p", "5432", "-k", f'"{sockets}"'),
             *("-c", "unix_socket_permissions=0700", "-c", "cluster_name=puff"),
+            *("-c", "max_prepared_transactions=10"),  # two-phase commit; 0, the default, forbids it
         ]
 
     def _launch(self) -> None:

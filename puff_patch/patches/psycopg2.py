@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,7 @@ class Psycopg2Patch(Patch):
         extensions.set_wait_callback(wait_callback)
         self.ledger.on_restore(lambda: extensions.set_wait_callback(previous))
         original = module.connect
+        connect_in_c = module._connect
 
         def connect(
             dsn: str | None = None,
@@ -41,13 +43,17 @@ class Psycopg2Patch(Patch):
             pool: bool | Mapping[str, Any] = True,
             **kwargs: Any,
         ) -> Any:
+            if module._connect is not connect_in_c:
+                # A test's stand-in, a tracer: it is to see what the program asks for.
+                return original(dsn, connection_factory, cursor_factory, **kwargs)
             if pool is True and pooled_elsewhere.get():
                 pool = False
             if pool is not False and _poolable(dsn, connection_factory, kwargs):
                 lease = _lease(dsn, connection_factory, cursor_factory, pool, kwargs)
                 if lease is not None:
                     return lease
-            return original(dsn, _cooperative(connection_factory), cursor_factory, **kwargs)
+            with _patiently(dsn, kwargs):
+                return original(dsn, _cooperative(connection_factory), cursor_factory, **kwargs)
 
         connect.__doc__ = (original.__doc__ or "") + _CONNECT_DOC
         self.ledger.replace(module, "connect", connect)
@@ -92,12 +98,33 @@ def _poolable(dsn: str | None, connection_factory: Any, kwargs: Mapping[str, Any
     return connection_factory is None or can_be_leased(connection_factory)
 
 
+def _patiently(dsn: str | None, kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Keeps to the connect_timeout of a connection that is not pooled."""
+    from psycopg2 import OperationalError, extensions
+
+    from puff_patch.pools.postgres import connect_timeout
+    from puff_patch.pools.servers import at_most
+
+    parameters = {name: value for name, value in kwargs.items() if name not in ("async", "async_")}
+    if len(parameters) < len(kwargs) and any(kwargs[name] for name in kwargs.keys() - parameters.keys()):
+        return nullcontext()  # an asynchronous one returns before it is connected
+    if dsn is None and not parameters:
+        return nullcontext()  # psycopg2 says what is missing
+    seconds = connect_timeout(extensions.make_dsn(dsn, **parameters))
+    return at_most(
+        seconds, lambda: OperationalError(f"connection to server failed: timeout expired ({seconds:g} s)")
+    )
+
+
 def _cooperative(connection_factory: Any) -> Any:
     """The same factory with what psycopg2 refuses to cooperative connections, where it can have it."""
-    from puff_patch.pools.offload import connection_class
-    from puff_patch.pools.postgres import can_be_leased
+    from psycopg2 import extensions
 
-    if connection_factory is None or can_be_leased(connection_factory):
+    from puff_patch.pools.offload import connection_class
+
+    if connection_factory is None or (
+        isinstance(connection_factory, type) and issubclass(connection_factory, extensions.connection)
+    ):
         return connection_class(connection_factory)
     return connection_factory
 
@@ -109,7 +136,7 @@ def _lease(
     pool: bool | Mapping[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """A lease, or None if the operator wants no pool for this server."""
+    """A lease, or None if the operator wants no pool for this server or the factory cannot have one."""
     from psycopg2 import extensions
 
     from puff_patch.config import ConfigError
@@ -124,7 +151,10 @@ def _lease(
     found = postgres.get_pool(extensions.make_dsn(dsn, **kwargs), overrides, setup=setup)
     if found is None:
         return None
-    connection = found.lease(connection_factory or extensions.connection)
+    try:
+        connection = found.lease(connection_factory or extensions.connection)
+    except postgres.NotLeasable:
+        return None
     if cursor_factory is not None:
         connection.cursor_factory = cursor_factory
     return connection

@@ -282,6 +282,17 @@ class Pool(Generic[C]):
             slot.returned_at = now
         self._give_back(slot)
 
+    def checkin_broken(self, slot: Slot[C]) -> None:
+        """Return a slot whose connection has ended by itself; the program may still look at it."""
+        if slot.generation == self._generation:
+            self._counters["usage_ms"] += (time.monotonic() - slot.leased_at) * 1000
+            self._counters["returns_bad"] += 1
+            self.reclaim(slot)
+
+    def owns(self, slot: Slot[C]) -> bool:
+        """Whether the slot was taken in this process, and not before a fork in the parent."""
+        return slot.generation == self._generation
+
     def reclaim(self, slot: Slot[C]) -> None:
         """Free the slot of a connection that was garbage collected without being returned.
 

@@ -45,7 +45,7 @@ class Farewells:
         return len(self._pending)
 
     def follow(self, fileno: int, cancel: Callable[[], object] | None = None) -> None:
-        """Follow a connection that is closed right after this; safe in a finalizer, never waits.
+        """Follow a connection that will not be used any more; safe in a finalizer, never waits.
 
         Args:
             fileno: its socket.
@@ -85,6 +85,7 @@ class Farewells:
                 sock.shutdown(socket.SHUT_WR)
                 total += seconds
                 seconds *= 2
+            sock.shutdown(socket.SHUT_RDWR)  # a greenlet may still wait in it
         except OSError:
             return  # reset: the server has gone
         finally:

@@ -16,11 +16,13 @@ With a wait callback set, psycopg2 refuses both (``EXC_IF_GREEN`` in its C sourc
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import gevent
+import psycopg2
 from gevent.monkey import get_original
 from gevent.queue import SimpleQueue
 from gevent.threadpool import ThreadPool
@@ -28,6 +30,7 @@ from psycopg2 import _psycopg, extensions, sql
 
 from puff_patch.pools import libpq
 from puff_patch.pools.farewell import PATIENCE
+from puff_patch.pools.turns import in_turn, is_taken, property_in_turn, yielding
 from puff_patch.runtime.mailbox import Mailbox
 
 T = TypeVar("T")
@@ -35,6 +38,8 @@ T = TypeVar("T")
 _allocate_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 # For one hub.  Each COPY has a thread to itself; more of them at once wait for one another.
 _MAX_THREADS = 32
+# Programs make few factories, as a rule; one that makes one for each call must not fill the memory.
+_MAX_CLASSES = 256
 # Bytes, or characters, of rows gathered in the thread before the greenlet writes them.
 _BATCH = 64 * 1024
 # Seconds until a query that is to stop is cancelled again; doubled each time.
@@ -54,10 +59,14 @@ def copy_expert(cursor: Any, statement: Any, file: Any, size: int = 8192) -> Non
 
     def work(desk: _Desk) -> None:
         stand_in = _File(desk, file)
-        with _Gate() as gate, libpq.blocking_mode(connection):
-            gate.pass_through(
-                partial(_psycopg.cursor.copy_expert, cursor, _Statement(gate, statement), stand_in, size)
-            )
+        with Gate() as gate, libpq.blocking_mode(connection):
+            try:
+                gate.pass_through(
+                    partial(_psycopg.cursor.copy_expert, cursor, Statement(gate, statement), stand_in, size)
+                )
+            except BaseException:
+                libpq.leave_copy(connection)
+                raise
         stand_in.flush_rows()
 
     _in_thread(connection, work)
@@ -96,7 +105,7 @@ def large_object(connection: Any, *args: Any, lobject_factory: Any = None, **kwa
     connection_lobject: Any = _psycopg.connection.lobject
 
     def work(desk: _Desk) -> Any:
-        with _Gate() as gate, libpq.blocking_mode(connection):
+        with Gate() as gate, libpq.blocking_mode(connection):
 
             def make(*arguments: Any) -> Any:
                 gate.close()
@@ -109,7 +118,13 @@ def large_object(connection: Any, *args: Any, lobject_factory: Any = None, **kwa
     made = _in_thread(connection, work)
     if isinstance(made, _LargeObject):
         made._puff_connection = connection
+        vars(connection).setdefault("_puff_large_objects", weakref.WeakSet()).add(made)
     return made
+
+
+def has_large_objects(connection: Any) -> bool:
+    """Whether anybody holds a large object of this connection that was not closed."""
+    return any(not found.closed for found in vars(connection).get("_puff_large_objects", ()))
 
 
 class _LargeObject(extensions.lobject):
@@ -122,12 +137,30 @@ class _LargeObject(extensions.lobject):
         call = partial(getattr(extensions.lobject, name), self, *args)
         if connection is None:
             return call()  # still being made, in the thread already
+        if connection.closed:  # perhaps returned to its pool, which psycopg2 does not know of
+            if name == "close":
+                return None
+            raise psycopg2.InterfaceError("lobject already closed")
 
         def work(desk: _Desk) -> Any:
             with libpq.blocking_mode(connection):
                 return call()
 
-        return _in_thread(connection, work)
+        return _offload_in_turn(connection, work)
+
+    @property
+    def closed(self) -> Any:
+        """As psycopg2's."""
+        connection = self._puff_connection
+        lobject: Any = extensions.lobject
+        return 1 if connection is not None and connection.closed else lobject.closed.__get__(self)
+
+    def __del__(self) -> None:
+        # psycopg2 closes one that was dropped, at the connection's native lock.  If a greenlet that waits for the
+        # server holds that, the thread would stop for ever, so let another greenlet wait for its turn.
+        connection = self._puff_connection
+        if not self.closed and connection is not None and is_taken(connection):
+            gevent.spawn(self.close)
 
     def read(self, *args: Any) -> Any:
         return self._offload("read", *args)
@@ -154,6 +187,11 @@ class _LargeObject(extensions.lobject):
         return self._offload("close")
 
 
+@in_turn
+def _offload_in_turn(connection: Any, work: Callable[[_Desk], Any]) -> Any:
+    return _in_thread(connection, work)
+
+
 def _make_large_object_class(factory: Any) -> Any:
     if factory is extensions.lobject:
         return _LargeObject
@@ -162,12 +200,21 @@ def _make_large_object_class(factory: Any) -> Any:
     return type(factory.__name__, (factory, _LargeObject), {"__module__": factory.__module__})
 
 
-_large_object_class: Callable[[Any], Any] = cache(_make_large_object_class)
+_large_object_class: Callable[[Any], Any] = lru_cache(_MAX_CLASSES)(_make_large_object_class)
 
 
-class CopyingCursor(extensions.cursor):
-    """A cursor whose COPY methods work on a cooperative connection."""
+def _cursor_in_turn(function: Callable[..., Any]) -> Any:
+    return in_turn(function, operator.attrgetter("connection"))
 
+
+class CooperativeCursor(extensions.cursor):
+    """A cursor for greenlets that share its connection, whose COPY methods work."""
+
+    execute = _cursor_in_turn(extensions.cursor.execute)
+    executemany = _cursor_in_turn(extensions.cursor.executemany)
+    callproc = _cursor_in_turn(extensions.cursor.callproc)
+
+    @_cursor_in_turn
     def copy_expert(self, *args: Any, **kwargs: Any) -> None:
         """As psycopg2's, in a native thread while the greenlet waits."""
         if _is_refused(self):
@@ -175,6 +222,7 @@ class CopyingCursor(extensions.cursor):
         else:
             super().copy_expert(*args, **kwargs)
 
+    @_cursor_in_turn
     def copy_from(self, *args: Any, **kwargs: Any) -> None:
         """As psycopg2's, in a native thread while the greenlet waits."""
         if _is_refused(self):
@@ -182,6 +230,7 @@ class CopyingCursor(extensions.cursor):
         else:
             super().copy_from(*args, **kwargs)
 
+    @_cursor_in_turn
     def copy_to(self, *args: Any, **kwargs: Any) -> None:
         """As psycopg2's, in a native thread while the greenlet waits."""
         if _is_refused(self):
@@ -190,30 +239,73 @@ class CopyingCursor(extensions.cursor):
             super().copy_to(*args, **kwargs)
 
 
+class NamedCursor(CooperativeCursor):
+    """A server-side cursor, of which each fetch asks the server."""
+
+    fetchone = _cursor_in_turn(extensions.cursor.fetchone)
+    fetchmany = _cursor_in_turn(extensions.cursor.fetchmany)
+    fetchall = _cursor_in_turn(extensions.cursor.fetchall)
+    scroll = _cursor_in_turn(extensions.cursor.scroll)
+    close = _cursor_in_turn(extensions.cursor.close)
+    __next__ = _cursor_in_turn(extensions.cursor.__next__)
+
+
 def _is_refused(cursor: Any) -> bool:
     """Whether psycopg2 would refuse to COPY for being cooperative, and for no other reason."""
     return not cursor.closed and extensions.get_wait_callback() is not None
 
 
 class CooperativeConnection(extensions.connection):
-    """A connection that can COPY and do large objects although it is cooperative."""
+    """A connection that greenlets may share, and that can COPY and do large objects although it is cooperative."""
+
+    #: Whose turn it is; see `puff_patch.pools.turns`.
+    _puff_turn: Any = None
+
+    def _puff_failed(self) -> None:
+        """Called when something that spoke to the server has raised."""
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg2's."""
         default: Any = self.cursor_factory
+        named = (args[0] if args else kwargs.get("name")) is not None
         if len(args) > 1:
             name, factory, *rest = args
-            args = (name, cursor_class(factory or default or extensions.cursor), *rest)
+            args = (name, cursor_class(factory or default or extensions.cursor, named), *rest)
         else:
             factory = kwargs.pop("cursor_factory", None)
-            kwargs["cursor_factory"] = cursor_class(factory or default or extensions.cursor)
+            kwargs["cursor_factory"] = cursor_class(factory or default or extensions.cursor, named)
         return super().cursor(*args, **kwargs)
 
+    @in_turn
     def lobject(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg2's, in a native thread while the greenlet waits."""
         if self.closed or extensions.get_wait_callback() is None:
             return super().lobject(*args, **kwargs)
         return large_object(self, *args, **kwargs)
+
+    def cancel(self) -> None:
+        """As psycopg2's, while other greenlets run."""
+        if self.closed or self.status == extensions.STATUS_PREPARED or gevent.getcurrent() is gevent.get_hub():
+            super().cancel()
+        else:
+            libpq.cancel(self)
+
+    commit = yielding(in_turn(extensions.connection.commit))
+    rollback = yielding(in_turn(extensions.connection.rollback))
+    close = in_turn(extensions.connection.close)
+    reset = in_turn(extensions.connection.reset)
+    set_session = in_turn(extensions.connection.set_session)
+    set_isolation_level = in_turn(extensions.connection.set_isolation_level)
+    set_client_encoding = in_turn(extensions.connection.set_client_encoding)
+    tpc_begin = in_turn(extensions.connection.tpc_begin)
+    tpc_prepare = in_turn(extensions.connection.tpc_prepare)
+    tpc_commit = in_turn(extensions.connection.tpc_commit)
+    tpc_rollback = in_turn(extensions.connection.tpc_rollback)
+    tpc_recover = in_turn(extensions.connection.tpc_recover)
+    autocommit = property_in_turn("autocommit")
+    isolation_level = property_in_turn("isolation_level")
+    readonly = property_in_turn("readonly")
+    deferrable = property_in_turn("deferrable")
 
 
 def _make_connection_class(factory: Any) -> Any:
@@ -223,30 +315,33 @@ def _make_connection_class(factory: Any) -> Any:
 
 
 #: The class of a connection for a caller's connection_factory, where that is a class.
-connection_class: Callable[[Any], Any] = cache(_make_connection_class)
+connection_class: Callable[[Any], Any] = lru_cache(_MAX_CLASSES)(_make_connection_class)
 
 
-def _make_cursor_class(factory: Any) -> Any:
+def _make_cursor_class(factory: Any, named: bool) -> Any:
+    if not (isinstance(factory, type) and issubclass(factory, extensions.cursor)):
+        return factory
+    cooperative: type = NamedCursor if named else CooperativeCursor
+    if issubclass(factory, _psycopg.ReplicationCursor):
+        from puff_patch.pools.replication import StreamingCursor
+
+        cooperative = StreamingCursor
     if factory is extensions.cursor:
-        return CopyingCursor
-    if (
-        not (isinstance(factory, type) and issubclass(factory, extensions.cursor))
-        or issubclass(factory, CopyingCursor)
-        or issubclass(factory, _psycopg.ReplicationCursor)
-    ):
+        return cooperative
+    if issubclass(factory, cooperative):
         return factory
     body = {"__module__": factory.__module__, "__doc__": factory.__doc__}
-    return type(factory.__name__, (factory, CopyingCursor), body)
+    return type(factory.__name__, (factory, cooperative), body)
 
 
-#: The class of a cursor for a caller's cursor_factory: CopyingCursor comes behind it in the MRO.
-cursor_class: Callable[[Any], Any] = cache(_make_cursor_class)
+#: The class of a cursor for a caller's cursor_factory, with a name or without: ours comes behind the caller's.
+cursor_class: Callable[[Any, bool], Any] = lru_cache(_MAX_CLASSES)(_make_cursor_class)
 
 
-class _Gate:
+class Gate:
     """Takes the wait callback away for the start of one call; see the module."""
 
-    def __enter__(self) -> _Gate:
+    def __enter__(self) -> Gate:
         self._callback = extensions.get_wait_callback()
         return self
 
@@ -265,10 +360,10 @@ class _Gate:
 _call = operator.methodcaller("__call__")
 
 
-class _Statement(sql.Composable):
+class Statement(sql.Composable):
     """A COPY statement that closes the gate when psycopg2 asks for its text."""
 
-    def __init__(self, gate: _Gate, text: str) -> None:
+    def __init__(self, gate: Gate, text: str) -> None:
         super().__init__(text)
         self._gate = gate
         self._text = text
@@ -321,6 +416,8 @@ class _Desk:
     def __init__(self) -> None:
         self._mailbox = Mailbox.current()
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        #: What interrupted the greenlet; from then on it does nothing more for the thread, which is to end.
+        self.interruption: BaseException | None = None
 
     def ask(self, work: Callable[[], T]) -> T:
         """In the thread: have ``work`` done by the greenlet, wait for it, return or raise what it does."""
@@ -330,7 +427,10 @@ class _Desk:
 
         def order() -> None:
             try:
-                outcome.extend((True, work()))
+                if self.interruption is not None:
+                    outcome.extend((False, self.interruption))
+                else:
+                    outcome.extend((True, work()))
             except BaseException as error:
                 outcome.extend((False, error))
                 if not isinstance(error, Exception):
@@ -372,7 +472,6 @@ def _in_thread(connection: Any, work: Callable[[_Desk], T]) -> T:
 
     with Mailbox.current().hold():
         task = _threads().spawn(run)
-        interruption: BaseException | None = None
         served = False
         while not (served and task.ready()):
             try:
@@ -382,18 +481,18 @@ def _in_thread(connection: Any, work: Callable[[_Desk], T]) -> T:
                 task.wait()
             except BaseException as error:  # noqa: BLE001 - killed or timed out; raised once the thread has ended
                 # The thread uses the connection and what the greenlet owns, so it must end first; make it.
-                if interruption is None:
-                    interruption = error
+                if desk.interruption is None:
+                    desk.interruption = error
                     stopper = gevent.spawn(_stop, connection, task)
     succeeded, result = outcome
-    if interruption is not None:
+    if desk.interruption is not None:
         try:
             stopper.join(PATIENCE)
         finally:
             if not stopper.ready():  # a cancel that comes late must not hit what the connection does next
                 libpq.follow(connection)
                 extensions.connection.close(connection)
-        raise interruption
+        raise desk.interruption
     if not succeeded:
         raise result
     answer: T = result

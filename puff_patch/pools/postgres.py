@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import sys
+import weakref
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import psycopg2
@@ -24,8 +24,8 @@ from psycopg2 import _psycopg, extensions
 
 from puff_patch.pools import base
 from puff_patch.pools.base import Discard, Slot
-from puff_patch.pools.libpq import follow, is_busy, stop_query
-from puff_patch.pools.offload import CooperativeConnection
+from puff_patch.pools.libpq import finish, follow, is_busy
+from puff_patch.pools.offload import CooperativeConnection, has_large_objects
 from puff_patch.pools.servers import (
     Cursors,
     Registry,
@@ -61,14 +61,22 @@ class PoolClosed(base.PoolClosed, psycopg2.OperationalError):
     """The pool was closed."""
 
 
+class NotLeasable(TypeError):
+    """A lease cannot be an instance of this connection_factory."""
+
+    def __init__(self, factory: Any) -> None:
+        super().__init__(f"{factory!r} cannot be leased from a pool; connect with pool=False")
+
+
 class _Lease:
     """What a leased connection knows of its pool."""
 
-    __slots__ = ("pool", "slot")
+    __slots__ = ("initialized", "pool", "slot")
 
     def __init__(self, pool: PostgresPool, slot: Slot[Any]) -> None:
         self.pool = pool
         self.slot = slot
+        self.initialized = False
 
 
 class LeasedConnection(CooperativeConnection):
@@ -81,9 +89,22 @@ class LeasedConnection(CooperativeConnection):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A caller's connection_factory may define __init__; it runs at every lease, the connecting once.
-        if self.dsn is None:
+        lease = self._puff_lease
+        if lease is None:
             super().__init__(*args, **kwargs)
             self._puff_cursors = Cursors()
+        elif args[:1] == (lease.pool.dsn,) and not any(args[1:]) and not any(kwargs.values()):
+            lease.initialized = True
+        else:
+            raise NotLeasable(type(self))  # it wants another connection than the one it was given
+
+    def _puff_failed(self) -> None:
+        # One that is broken leaves its place to others, whether or not the program closes it.
+        lease = self._puff_lease
+        if lease is not None and self.closed:
+            self._puff_lease = None
+            lease.pool.is_closing(self)  # the program may never close it
+            lease.pool.checkin_broken(lease.slot)
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg2's; remembered, to be closed when the lease ends."""
@@ -109,6 +130,8 @@ class LeasedConnection(CooperativeConnection):
             and not named
             and self.get_transaction_status() in _RETURNABLE
             and self.status != extensions.STATUS_PREPARED
+            and not has_large_objects(self)  # as with the cursors
+            and weakref.getweakrefcount(self) == 1  # the pool's; who holds another could reach into the next lease
         )
         self.__class__ = _returned_class(type(self))
         lease.pool.checkin(lease.slot, self, reusable=reusable)
@@ -176,10 +199,14 @@ def _make_leased_class(factory: Any) -> Any:
     return type(factory.__name__, (factory, LeasedConnection), body)
 
 
+_not_leasable: weakref.WeakSet[type] = weakref.WeakSet()
+
+
 def can_be_leased(factory: Any) -> bool:
     """Whether a lease can be an instance of this connection_factory.
 
-    Not if it is a function, is for replication, or has ``__slots__``: then a connection cannot become one.
+    Not if it is a function, is for replication, or has ``__slots__``: then a connection cannot become one.  Nor if
+    its ``__init__`` has been seen to connect elsewhere, by itself or not at all.
     """
     if factory is extensions.connection:
         return True
@@ -187,6 +214,7 @@ def can_be_leased(factory: Any) -> bool:
         isinstance(factory, type)
         and issubclass(factory, extensions.connection)
         and not issubclass(factory, _psycopg.ReplicationConnection)
+        and factory not in _not_leasable
         and not any(vars(base).get("__slots__") for base in factory.__mro__)
     )
 
@@ -203,8 +231,8 @@ def _make_returned_class(leased: Any) -> Any:
     return type(leased.__name__, (leased,), body)
 
 
-_leased_class: Callable[[Any], Any] = cache(_make_leased_class)
-_returned_class: Callable[[Any], Any] = cache(_make_returned_class)
+_leased_class: Callable[[Any], Any] = lru_cache(256)(_make_leased_class)
+_returned_class: Callable[[Any], Any] = lru_cache(256)(_make_returned_class)
 
 
 class _ResettingConnection(_returned_class(LeasedConnection)):  # type: ignore[misc]
@@ -240,9 +268,10 @@ class PostgresPool(ServerPool[LeasedConnection]):
         Raises:
             PoolTimeout, TooManyRequests, PoolClosed: see there.
             psycopg2.OperationalError: the server cannot be reached or refuses.
+            NotLeasable: ``factory`` makes something else of its connection than a lease can be.
         """
         if not can_be_leased(factory):
-            raise TypeError(f"{factory!r} cannot be leased from a pool; connect with pool=False")
+            raise NotLeasable(factory)
         leased = _leased_class(factory)
         slot = self.checkout(timeout)
         connection, slot.connection = slot.connection, None
@@ -251,17 +280,33 @@ class PostgresPool(ServerPool[LeasedConnection]):
         connection.__class__ = leased
         connection._puff_lease = _Lease(self, slot)
         if leased.__init__ is not LeasedConnection.__init__:
-            try:
-                connection.__init__(self.dsn)  # type: ignore[misc]
-            except BaseException:
-                connection.close()
-                raise
+            self._initialize(connection, factory)
         return connection
 
+    def _initialize(self, connection: LeasedConnection, factory: type[extensions.connection]) -> None:
+        """Run the ``__init__`` of a caller's class on a connection that is open already."""
+        lease, pointer = connection._puff_lease, connection.pgconn_ptr or 0
+        assert lease is not None
+        try:
+            try:
+                connection.__init__(self.dsn)  # type: ignore[misc]
+            finally:
+                if connection.pgconn_ptr != pointer:
+                    # It called psycopg2's own __init__ past ours, which opened another connection in this object.
+                    finish(pointer)
+                    connection._puff_lease = None
+                    self.reclaim(lease.slot)
+                    _not_leasable.add(factory)
+            if connection._puff_lease is not None and not lease.initialized:
+                raise NotLeasable(factory)
+        except BaseException as error:
+            if isinstance(error, NotLeasable):
+                _not_leasable.add(factory)
+            connection.close()
+            raise
+
     def _connect(self) -> LeasedConnection:
-        limit = extensions.parse_dsn(self.dsn).get("connect_timeout")
-        # In its cooperative mode libpq leaves connect_timeout to its caller; 0 means for ever there.
-        seconds = float(limit) if limit and float(limit) > 0 else self.options.timeout
+        seconds = connect_timeout(self.dsn) or self.options.timeout
         with at_most(seconds, lambda: self._error(f"timeout expired: no answer in {seconds:g} s")):
             try:
                 connection: LeasedConnection = _connect(self.dsn, connection_factory=self._new)
@@ -340,15 +385,11 @@ class PostgresPool(ServerPool[LeasedConnection]):
         return references - len(slot.connection._puff_cursors.alive()) <= _IDLE_REFERENCES
 
     def _close(self, connection: LeasedConnection) -> None:
+        self.is_closing(connection)
+        # Else another greenlet waits in this connection and holds its lock, a native one: closing it here would
+        # stop the whole thread for ever.  When the server has ended it, that greenlet wakes with an error.
         if not is_busy(connection):
-            self.is_closing(connection)
             _C.close(connection)
-            return
-        # Another greenlet waits in this connection and holds its lock, a native one: closing it here would stop
-        # the whole thread for ever.  At the end of the socket that greenlet wakes with an error and closes it.
-        stop_query(connection)
-        with _socket(fileno=os.dup(_C.fileno(connection))) as duplicate:
-            duplicate.shutdown(socket.SHUT_RDWR)
 
     def _fileno(self, connection: LeasedConnection) -> int | None:
         try:
@@ -380,6 +421,19 @@ def _forget(connection: LeasedConnection) -> None:
     kept = {name: attributes[name] for name in ("_puff_pool", "_puff_generation", "_puff_cursors")}
     attributes.clear()
     attributes.update(kept)
+
+
+def connect_timeout(dsn: str) -> float | None:
+    """Seconds that a DSN gives the server to answer; None for ever.
+
+    In its cooperative mode libpq leaves keeping to it to its caller.
+    """
+    limit = extensions.parse_dsn(dsn).get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    try:
+        seconds = float(limit or 0)
+    except ValueError:
+        return None  # libpq says what is wrong with it
+    return seconds if seconds > 0 else None
 
 
 def _idle_references() -> int:

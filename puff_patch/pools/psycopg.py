@@ -109,14 +109,15 @@ class LeasedConnection(psycopg.Connection[Any]):
         self._puff_lease = None
         self._closed = self._closed or not self.closed
         session, pgconn = lease.session, self.pgconn
-        in_use = self.lock.locked()  # by another greenlet, or a generator that nobody has finished
+        # By another greenlet, or a generator that nobody has finished; after a fork, by one of the parent's.
+        in_use = self.lock.locked()
         reusable = (
             not in_use
             and pgconn.transaction_status in _RETURNABLE
             and pgconn.pipeline_status == pq.PipelineStatus.OFF
             and not self._num_transactions
         )
-        if in_use:
+        if in_use and lease.pool.owns(lease.slot):
             # Not to be closed under those who wait in it: at the end of the socket they wake with an error.
             _hang_up(pgconn)
             session.pgconn = _closed_pgconn()
@@ -195,8 +196,8 @@ class PsycopgPool(ServerPool[Session]):
     def _connect(self) -> Session:
         # psycopg heeds connect_timeout by itself, for each host; if there is none it would wait for minutes.
         limited = "connect_timeout" in self.parse(self.dsn) or "PGCONNECT_TIMEOUT" in os.environ
-        seconds = float("inf") if limited else self.options.timeout
-        late = f"timeout expired: no answer in {seconds:g} s"
+        seconds = None if limited else self.options.timeout
+        late = f"timeout expired: no answer in {self.options.timeout:g} s"
         with at_most(seconds, lambda: errors.ConnectionTimeout(self._unreachable(late))):
             try:
                 connection = _Bare.connect(self.dsn)

@@ -86,8 +86,8 @@ def is_silent(fileno: int) -> bool:
 
 
 @contextmanager
-def at_most(seconds: float, error: Callable[[], Exception]) -> Iterator[None]:
-    """Raise ``error()`` if the block takes longer than ``seconds``."""
+def at_most(seconds: float | None, error: Callable[[], Exception]) -> Iterator[None]:
+    """Raise ``error()`` in a block that takes longer than ``seconds``; None is for ever."""
     timeout = gevent.Timeout(seconds)
     timeout.start()
     try:

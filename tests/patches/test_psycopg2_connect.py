@@ -200,6 +200,41 @@ held.close()
     )
 
 
+def test_a_fork_leaves_the_parents_running_query_alone(services) -> None:
+    """The child connects anew, and its copy of the lease ends with it, or with a close()."""
+    run_python(
+        PATCHED
+        + """
+import io
+def copy(connection):
+    out = io.StringIO()
+    with connection.cursor() as cursor:
+        cursor.copy_expert("COPY (SELECT 7) TO STDOUT", out)
+    return out.getvalue().strip()
+for pool in (True, False):
+    held = psycopg2.connect(URL, pool=pool)
+    assert copy(held) == "7"
+    worker = gevent.spawn(ask, held, "SELECT 42 FROM pg_sleep(0.5)")
+    while held.info.transaction_status != extensions.TRANSACTION_STATUS_ACTIVE:
+        gevent.sleep(0.01)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the copy of the worker finds its connection cut, and says so
+        if pool:
+            held.close()
+            assert held.closed
+        mine = psycopg2.connect(URL, pool=pool)
+        assert ask(mine, "SELECT 1") == 1 and copy(mine) == "7"
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert worker.get(timeout=10) == 42
+    assert copy(held) == "7"
+    held.close()
+""",
+        env=services.env(),
+    )
+
+
 @both_drivers
 def test_options_of_the_pool(driver: str, services) -> None:
     run_python(
@@ -450,6 +485,28 @@ report(message)
     )
     assert "no answer in 1 s" in message
     assert "PUFF_EMBEDDED=1" in message
+
+
+@pytest.mark.parametrize("how", ["keyword", "environment"])
+def test_the_connect_timeout_of_a_connection_without_a_pool(how) -> None:
+    """libpq leaves it to the caller as soon as waits are cooperative."""
+    message = run_python(
+        PATCHED
+        + """
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+options = {"connect_timeout": 1} if "PGCONNECT_TIMEOUT" not in os.environ else {}
+started = time.monotonic()
+message = refused(
+    psycopg2.OperationalError, host="127.0.0.1", port=listener.getsockname()[1], user="me", pool=False, **options
+)
+assert 0.9 < time.monotonic() - started < 3
+listener.close()
+report(message)
+""",
+        env={"PGCONNECT_TIMEOUT": "1"} if how == "environment" else {},
+    )
+    assert "timeout expired" in message
 
 
 def test_servers_sessions_ended_by_an_administrator(services) -> None:

@@ -230,3 +230,27 @@ assert puff_patch.stats() == {}, puff_patch.stats()
 """,
         env=services.env(),
     )
+
+
+def test_a_fork_leaves_the_parents_running_query_alone(services) -> None:
+    run_python(
+        PATCHED
+        + """
+held = psycopg.connect(URL)
+worker = gevent.spawn(lambda: held.execute("SELECT 42 FROM pg_sleep(0.5)").fetchone())
+while held.info.transaction_status != psycopg.pq.TransactionStatus.ACTIVE or not held.lock.locked():
+    gevent.sleep(0.01)
+gevent.sleep(0.05)
+child = os.fork()
+if not child:
+    held.close()
+    assert held.closed
+    with psycopg.connect(URL) as mine:
+        assert mine.execute("SELECT 1").fetchone() == (1,)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert worker.get(timeout=10) == (42,)
+held.close()
+""",
+        env=services.env(),
+    )

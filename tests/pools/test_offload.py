@@ -154,6 +154,54 @@ holder.commit()
     assert found == ["timed out", 0, [1]]
 
 
+def test_a_copy_broken_off_at_any_moment_ends_and_leaves_the_connection_usable(services):
+    """By a time-out while the file waits, while the server waits, and in between; and by an error of the file."""
+    run(
+        services,
+        """
+import itertools
+COPY_OUT = "COPY (SELECT repeat('x', 1000) FROM generate_series(1, {})) TO STDOUT"
+class Endless:
+    def __init__(self, pause):
+        self.pause = pause
+    def read(self, size):
+        gevent.sleep(self.pause)
+        return "1\\n"
+    def write(self, data):
+        gevent.sleep(self.pause)
+class Full:
+    def write(self, data):
+        raise OSError("disk full")
+connection = connect()
+cursor = connection.cursor()
+cursor.execute("CREATE TEMPORARY TABLE t (a int)")
+connection.commit()
+def copy_in(pause):
+    cursor.copy_from(Endless(pause), "t")
+def copy_out(pause):
+    cursor.copy_expert(COPY_OUT.format(1_000_000), Endless(pause))
+for copy, pause, seconds in itertools.product((copy_in, copy_out), (0, 0.03), (0.02, 0.05, 0.055)):
+    try:
+        with gevent.Timeout(seconds):
+            copy(pause)
+    except gevent.Timeout:
+        pass
+    else:
+        raise AssertionError("it ended by itself")
+    connection.rollback()
+    cursor.execute("SELECT 7")
+    assert cursor.fetchone() == (7,)
+try:
+    cursor.copy_expert(COPY_OUT.format(1000), Full())
+except OSError:
+    pass
+connection.rollback()
+cursor.execute("SELECT 7")
+assert cursor.fetchone() == (7,)
+""",
+    )
+
+
 @pytest.mark.parametrize("pool", [True, False], ids=["leased", "own connection"])
 def test_large_objects(services, pool):
     found = run(
@@ -184,6 +232,29 @@ report(([written, same, part, gone, isinstance(made, Mine), ticker.count > 0]))
         pool,
     )
     assert found == [2_000_000, True, True, True, True, True]
+
+
+@pytest.mark.parametrize("pool", [True, False], ids=["leased", "own connection"])
+def test_a_large_object_ends_with_its_connection(services, pool):
+    run(
+        services,
+        """
+connection = connect()
+made = connection.lobject(0, "wb")
+made.write(b"mine")
+connection.close()
+assert made.closed
+for call in (made.read, made.tell, made.unlink, lambda: made.write(b"more"), lambda: made.export("/nowhere")):
+    try:
+        call()
+    except psycopg2.InterfaceError as error:
+        assert "already closed" in str(error), error
+    else:
+        raise AssertionError("it reached the server")
+made.close()
+""",
+        pool,
+    )
 
 
 def test_cursor_factories_keep_their_meaning(services):

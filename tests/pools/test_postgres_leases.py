@@ -334,6 +334,55 @@ def test_an_old_cursor_never_works_on_a_later_lease_of_its_session(pool: Postgre
     connection.close()
 
 
+def test_a_weakly_held_handle_costs_its_session_not_its_safety(pool: PostgresPool) -> None:
+    """Who keeps things in a WeakKeyDictionary by connection must not find them at somebody else's."""
+    connection = pool.lease()
+    session = pid(connection)
+    notes = weakref.WeakKeyDictionary({connection: "mine"})
+    connection.close()
+    del connection
+    assert not notes
+    other = pool.lease()
+    assert other not in notes
+    assert pid(other) != session
+    other.close()
+
+
+def test_a_broken_lease_leaves_its_place_at_once(pool: PostgresPool, postgres_url: str) -> None:
+    """Though the program has not closed it, and may look at it still."""
+    connection = pool.lease()
+    admin = _psycopg._connect(postgres_url)
+    ask(admin, "SELECT pg_terminate_backend(%s, 5000)", pid(connection))
+    admin.close()
+    with pytest.raises(psycopg2.OperationalError):
+        ask(connection, "SELECT 1")
+    other = pool.lease(timeout=0.1)
+    assert ask(other, "SELECT 42") == 42
+    assert connection.closed == 2, "psycopg2's word for broken"
+    with pytest.raises(psycopg2.InterfaceError):
+        connection.cursor()
+    connection.close()
+    assert connection.closed
+    assert ask(other, "SELECT 42") == 42
+    other.close()
+    stats = pool.get_stats()
+    assert (stats["pool_size"], stats["returns_bad"]) == (1, 1)
+
+
+def test_an_interrupted_lease_that_is_never_closed_keeps_no_session(pool: PostgresPool, postgres_url: str) -> None:
+    """psycopg2 marks it as broken and keeps its socket open; the server would count it."""
+    connection = pool.lease()
+    session = pid(connection)
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.1):
+        ask(connection, "SELECT pg_sleep(30)")
+    assert connection.closed
+    admin = _psycopg._connect(postgres_url)
+    admin.autocommit = True
+    eventually(lambda: ask(admin, "SELECT count(*) FROM pg_stat_activity WHERE pid = %s", session) == 0)
+    admin.close()
+    assert ask(pool.lease(timeout=0.1), "SELECT 42") == 42
+
+
 def test_a_held_handle_costs_its_session_not_its_safety(pool: PostgresPool) -> None:
     first = pool.lease()
     first.close()
@@ -624,7 +673,7 @@ def test_a_server_that_never_answers_is_a_time_out(sql: Sql) -> None:
 
 
 def test_an_interruption_does_not_wait_for_a_server_that_is_gone(sql: Sql, postgres_url: str) -> None:
-    """Neither the interrupted greenlet nor any other, though the request to cancel gets no answer."""
+    """Neither the interrupted greenlet nor any other, though the requests to cancel get no answer."""
     proxy = PostgresProxy(postgres_url)
     pool = sql.make_pool(dsn=proxy.dsn)
     connection = pool.lease()
@@ -640,10 +689,12 @@ def test_an_interruption_does_not_wait_for_a_server_that_is_gone(sql: Sql, postg
             gevent.sleep(0.01)
 
     ticker = gevent.spawn(tick)
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.1):
+        connection.cancel()
     started = time.monotonic()
     worker.kill()
     assert time.monotonic() - started < 1
-    eventually(lambda: proxy.accepted == 2, what="the request to cancel")
+    eventually(lambda: proxy.accepted == 3, what="both requests to cancel")
     gevent.sleep(0.2)
     ticker.kill()
     assert max(later - earlier for earlier, later in itertools.pairwise(ticks)) < 0.15

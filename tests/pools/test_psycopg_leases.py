@@ -345,7 +345,9 @@ def test_old_handles_and_cursors_do_not_cost_a_session(pool: PsycopgPool) -> Non
     for number in range(4):
         connection = pool.lease()
         sessions.add(pid(connection))
-        cursor = connection.execute("SELECT %s::int, now(), %s::text[], %s::jsonb", [number, ["x"], Json([1])])
+        cursor = connection.execute(
+            "SELECT %s::int, now(), cardinality(%s::text[]), %s::jsonb", [number, ["x"], Json([1])]
+        )
         other = connection.execute("SELECT generate_series(1, 2)")
         closed = connection.execute("SELECT 1::numeric")
         closed.close()
