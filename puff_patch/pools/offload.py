@@ -285,10 +285,11 @@ class CooperativeConnection(extensions.connection):
 
     def cancel(self) -> None:
         """As psycopg2's, while other greenlets run."""
-        if self.closed or self.status == extensions.STATUS_PREPARED or gevent.getcurrent() is gevent.get_hub():
-            super().cancel()
-        else:
+        ready = not self.closed and self.status in (extensions.STATUS_READY, extensions.STATUS_BEGIN)
+        if ready and gevent.getcurrent() is not gevent.get_hub():
             libpq.cancel(self)
+        else:
+            super().cancel()  # says what is wrong
 
     commit = yielding(in_turn(extensions.connection.commit))
     rollback = yielding(in_turn(extensions.connection.rollback))

@@ -147,6 +147,15 @@ for pool in (True, False):
     connection.rollback()
     assert ask(connection, "SELECT pg_backend_pid()") == session
     connection.close()
+connecting = connect(async_=1)
+try:
+    connecting.cancel()
+except psycopg2.OperationalError as error:
+    assert "underway" in str(error)
+else:
+    raise AssertionError("there is nothing to cancel yet")
+psycopg2.extras.wait_select(connecting)
+connecting.close()
 """,
     )
 
