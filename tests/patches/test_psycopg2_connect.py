@@ -219,7 +219,7 @@ for pool in (True, False):
         gevent.sleep(0.01)
     child = os.fork()
     if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the copy of the worker finds its connection cut, and says so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the copy of the worker finds itself cut off
         if pool:
             held.close()
             assert held.closed
