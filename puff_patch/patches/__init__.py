@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from puff_patch.patches import django, psycopg2, redis, requests, sockets
+from puff_patch.patches import anyio, asgiref, asyncio, django, psycopg2, redis, requests, sockets
 from puff_patch.patches.base import Patch
 
 #: In the order in which they are applied; the standard library comes first.
 PATCHES: dict[str, Patch] = {
-    module.PATCH.name: module.PATCH for module in (sockets, psycopg2, redis, requests, django)
+    module.PATCH.name: module.PATCH
+    for module in (sockets, asyncio, asgiref, anyio, psycopg2, redis, requests, django)
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
@@ -17,6 +18,9 @@ _FOUNDATIONS = frozenset({"gevent", "greenlet", "zope", "wrapt", "puff_patch", "
 def patch_all(
     *,
     sockets: bool = True,
+    asyncio: bool = True,
+    asgiref: bool = True,
+    anyio: bool = True,
     psycopg2: bool = True,
     redis: bool = True,
     requests: bool = True,
@@ -29,6 +33,9 @@ def patch_all(
 
     Args:
         sockets: the standard library (sockets, threads, time, subprocesses, ...), by gevent.
+        asyncio: an event loop runs for its own greenlet only; ``to_thread`` runs on greenlets.
+        asgiref: ``sync_to_async`` and ``async_to_sync`` between greenlets and the asyncio thread.
+        anyio: worker threads are greenlets.
         psycopg2: cooperative waits, and ``psycopg2.connect`` from a pool.
         redis: clients of redis-py wait for a connection when their pool is full.
         requests: sessions share their connections.
@@ -44,6 +51,9 @@ def patch_all(
 
     switches = {
         "sockets": sockets,
+        "asyncio": asyncio,
+        "asgiref": asgiref,
+        "anyio": anyio,
         "psycopg2": psycopg2,
         "redis": redis,
         "requests": requests,

@@ -148,8 +148,9 @@ class Patch:
         self._wanted = True
         try:
             for module_name in self.modules:
-                if module_name in sys.modules:
-                    self._apply_once(sys.modules[module_name])
+                module = sys.modules.get(module_name)
+                if module is not None:
+                    self._apply_once(module)
         except BaseException:
             self._undo()
             raise

@@ -16,8 +16,12 @@ from typing import Any
 STDLIB = [
     "_thread",
     "_threading_local",
+    "asyncio",
     "asyncio.base_events",
+    "asyncio.events",
     "asyncio.selector_events",
+    "asyncio.tasks",
+    "asyncio.unix_events",
     "builtins",
     "concurrent.futures.thread",
     "contextvars",
@@ -41,6 +45,9 @@ STDLIB = [
 ]
 LIBRARIES = {
     "sockets": [],
+    "asyncio": ["uvloop"],
+    "asgiref": ["asgiref.local", "asgiref.sync"],
+    "anyio": ["anyio", "anyio.from_thread", "anyio._backends._asyncio"],
     "psycopg2": ["psycopg2", "psycopg2.extensions", "psycopg2.pool", "psycopg2._psycopg"],
     "redis": ["redis", "redis.client", "redis.connection"],
     "requests": ["requests", "requests.sessions", "requests.adapters", "requests.api"],
@@ -59,6 +66,7 @@ def import_all(names: list[str]) -> None:
 def snapshot(modules: list[str]) -> dict[Any, Any]:
     """Every attribute of these modules and their classes, of the threads and of the root logger's handlers."""
     state: dict[Any, Any] = {}
+    asyncio.get_event_loop_policy()  # made at the first use
     for name in modules:
         module = importlib.import_module(name)
         for key, value in list(vars(module).items()):

@@ -54,7 +54,9 @@ def test_switches_and_repetition() -> None:
 def test_an_unknown_patch_is_named_with_those_there_are() -> None:
     import puff_patch
 
-    with pytest.raises(ValueError, match=r"'psycopg3'.*sockets, psycopg2, redis, requests, django"):
+    with pytest.raises(
+        ValueError, match=r"'psycopg3'.*sockets, asyncio, asgiref, anyio, psycopg2, redis, requests, django"
+    ):
         puff_patch.is_patched("psycopg3")
 
 
@@ -68,7 +70,8 @@ def test_events_and_veto() -> None:
                 if isinstance(event, puff_patch.WillPatch) and event.name == "redis":
                     raise puff_patch.DoNotPatch
         zope.event.subscribers.append(listen)
-        puff_patch.patch_all(sockets=False, django=False, requests=False)
+        others = [name for name in puff_patch.patches.PATCHES if name not in ("psycopg2", "redis")]
+        puff_patch.patch_all(**{name: False for name in others})
         assert seen == [
             ("WillPatch", "psycopg2", False), ("DidPatch", "psycopg2", True), ("WillPatch", "redis", False)
         ], seen
