@@ -34,7 +34,7 @@ def patch_all(
     Args:
         sockets: the standard library (sockets, threads, time, subprocesses, ...), by gevent.
         asyncio: an event loop runs for its own greenlet only; ``to_thread`` runs on greenlets.
-        asgiref: ``sync_to_async`` and ``async_to_sync`` between greenlets and the asyncio thread.
+        asgiref: ``sync_to_async`` and ``async_to_sync`` between greenlets and event loops.
         anyio: worker threads are greenlets.
         psycopg2: cooperative waits, and ``psycopg2.connect`` from a pool.
         redis: clients of redis-py wait for a connection when their pool is full.

@@ -1,10 +1,10 @@
-"""asgiref: ``async_to_sync`` and ``sync_to_async`` between greenlets and the asyncio thread.
+"""asgiref: ``async_to_sync`` and ``sync_to_async`` between greenlets and event loops.
 
 asgiref's own logic stays: who runs in which "thread" (here: greenlet), what nests in what, contexts, exceptions,
-cancellation.  Replaced is what it stands on: ``AsyncToSync.__call__`` is given the asyncio thread's loop where it
-would start a thread with a new one, ``CurrentThreadExecutor``, ``ThreadPoolExecutor``, ``Future`` and
-``SyncToAsync.single_thread_executor`` work between greenlets and that thread, and `Local` gets a lock that
-may be held in both.  On any other event loop asgiref works as it always does.
+cancellation.  Replaced is what it stands on: ``AsyncToSync.__call__`` leases a loop of the hub where it would
+start a thread with a new one; ``CurrentThreadExecutor``, ``ThreadPoolExecutor``, ``Future`` and
+``SyncToAsync.single_thread_executor`` are greenlets, also for the asyncio thread; `Local` gets a lock that may be
+held in both.  On an event loop that blocks the hub (nothing but asgiref is patched) asgiref keeps to threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MISSING: Any = object()
 
 
 class AsgirefPatch(Patch):
-    """asgiref across greenlets and asyncio."""
+    """asgiref across greenlets and event loops."""
 
     name = "asgiref"
     modules = ("asgiref.local", "asgiref.sync")
@@ -55,7 +55,7 @@ class AsgirefPatch(Patch):
         replace(sync_to_async, "single_thread_executor", _OneThread(max_workers=1))
         replace(sync_to_async, "threadlocal", local())
         replace(sync_to_async, "thread_handler", _own_threadlocal(sync_to_async))
-        replace(async_to_sync, "__call__", _call_on_asyncio_thread(async_to_sync, sync_to_async.threadlocal))
+        replace(async_to_sync, "__call__", _call_on_hub_loop(async_to_sync, sync_to_async.threadlocal))
         replace(module.ThreadSensitiveContext, "__aexit__", _leave_context(module))
         self.ledger.on_restore(_close_loops)
 
@@ -127,7 +127,7 @@ def _own_threadlocal(sync_to_async: Any) -> Any:
     return thread_handler
 
 
-def _call_on_asyncio_thread(async_to_sync: Any, threadlocal: Any) -> Any:
+def _call_on_hub_loop(async_to_sync: Any, threadlocal: Any) -> Any:
     """``AsyncToSync.__call__`` that has a main event loop unless there is one."""
     import asyncio
 

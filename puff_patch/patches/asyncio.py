@@ -46,6 +46,7 @@ class AsyncioPatch(Patch):
     def _apply_running(self, module: ModuleType) -> None:
         from puff_patch.runtime.aio import in_thread, runs_greenlets
         from puff_patch.runtime.futures import HubExecutor
+        from puff_patch.runtime.hub_loop import HubLoop
         from puff_patch.runtime.mailbox import Mailbox
         from puff_patch.runtime.running_loop import owned_by_greenlet
 
@@ -54,7 +55,7 @@ class AsyncioPatch(Patch):
 
         @functools.wraps(run_forever)
         def run_forever_in_greenlet(self: Any) -> None:
-            if in_thread():
+            if in_thread() or isinstance(self, HubLoop):
                 run_forever(self)
                 return
             with owned_by_greenlet():

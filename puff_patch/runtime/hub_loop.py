@@ -17,7 +17,7 @@ from gevent.selectors import GeventSelector
 
 from puff_patch.runtime.futures import start_warm
 from puff_patch.runtime.mailbox import Mailbox
-from puff_patch.runtime.running_loop import owned_by_greenlet
+from puff_patch.runtime.running_loop import owned_by_greenlet, suspended
 
 _KEEP_IDLE = 64
 # Rounds of the loop in which there was always something to do, after which other greenlets get a turn.
@@ -38,7 +38,8 @@ class _Selector(GeventSelector):
             self._rounds += 1
             return []
         self._rounds = 0
-        return super().select(timeout)
+        with suspended():
+            return super().select(timeout)
 
     def wake(self) -> None:
         """In the hub's thread: end the `select`."""
@@ -72,6 +73,12 @@ class HubLoop(asyncio.SelectorEventLoop):
         """
         raise RuntimeError("signal handlers can be added to the event loop of the main thread only")
 
+    def reset(self) -> None:
+        """Forget what a call may have set."""
+        self.set_debug(_is_debug_mode())
+        self.set_exception_handler(None)
+        self.set_task_factory(_make_task)
+
     async def _end_call(self) -> None:
         """What `asyncio.run` does at its end."""
         left = list(self._tasks - {asyncio.current_task()})
@@ -86,6 +93,9 @@ class HubLoop(asyncio.SelectorEventLoop):
         if self._asyncgens:  # type: ignore[attr-defined]
             await self.shutdown_asyncgens()
             self._asyncgens_shutdown_called = False
+
+
+_is_debug_mode: Any = asyncio.coroutines._is_debug_mode  # type: ignore[attr-defined]
 
 
 def _make_task(loop: Any, coroutine: Any, **kwargs: Any) -> asyncio.Task[Any]:
@@ -123,8 +133,7 @@ class LoopPool:
     def give_back(self, loop: HubLoop) -> None:
         """Have the loop's leftovers cancelled, then keep it for the next call."""
         if loop._tasks or loop._asyncgens:  # type: ignore[attr-defined]
-            loop.call_soon(lambda: loop.create_task(self._end(loop)))
-            loop._write_to_self()
+            loop.call_soon_threadsafe(lambda: loop.create_task(self._end(loop)))
         else:
             self._keep(loop)
 
@@ -133,7 +142,8 @@ class LoopPool:
         loop.call_soon(self._keep, loop)
 
     def _keep(self, loop: HubLoop) -> None:
-        if len(self._idle) < _KEEP_IDLE and not loop.get_debug():
+        if len(self._idle) < _KEEP_IDLE:
+            loop.reset()
             self._idle.append(loop)
         else:
             loop.call_soon_threadsafe(loop.stop)

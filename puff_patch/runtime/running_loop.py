@@ -30,17 +30,21 @@ class _Tracer:
     """The trace function of one thread."""
 
     def __init__(self) -> None:
-        self.loops = 0
+        self._loops = 0
         self._kept: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
         self._previous: Any = None
 
-    def install(self) -> None:
-        if greenlet.gettrace() != self.trace:
+    def enter(self) -> None:
+        """A greenlet of this thread runs a loop from now on."""
+        self._loops += 1
+        if self._loops == 1 and greenlet.gettrace() != self.trace:
             self._previous = greenlet.settrace(self.trace)
 
-    def remove(self) -> None:
+    def leave(self) -> None:
+        """It no longer does."""
+        self._loops -= 1
         # One that came after us refers to us; then we stay, and do nothing.
-        if greenlet.gettrace() == self.trace:
+        if not self._loops and greenlet.gettrace() == self.trace:
             greenlet.settrace(self._previous)
             self._previous = None
 
@@ -62,18 +66,32 @@ class _Tracer:
                 sys.set_asyncgen_hooks(*state[1])
 
 
+def _tracer() -> _Tracer:
+    return _tracers.setdefault(_native_ident(), _Tracer())
+
+
 @contextmanager
 def owned_by_greenlet() -> Iterator[None]:
     """Within the block, in which a loop is run, the loop is running for the current greenlet only."""
-    ident = _native_ident()
-    tracer = _tracers.setdefault(ident, _Tracer())
-    tracer.loops += 1
-    if tracer.loops == 1:
-        tracer.install()
+    tracer = _tracer()
+    tracer.enter()
     try:
         yield
     finally:
-        tracer.loops -= 1
-        if not tracer.loops:
-            tracer.remove()
-            del _tracers[ident]
+        tracer.leave()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Within the block, in which a loop waits, no loop is running, so that nothing need be traced for this one."""
+    tracer = _tracer()
+    loop, hooks = _get_running_loop(), sys.get_asyncgen_hooks()
+    _set_running_loop(None)
+    sys.set_asyncgen_hooks(None, None)
+    tracer.leave()
+    try:
+        yield
+    finally:
+        tracer.enter()
+        _set_running_loop(loop)
+        sys.set_asyncgen_hooks(*hooks)

@@ -188,6 +188,26 @@ for _ in range(3):
 with gevent.Timeout(5):
     while sorted(ends) != [1] * 3 + [2] * 3:
         gevent.sleep(0.001)
+
+# Once all loops are idle, nothing is traced any more.
+import greenlet
+with gevent.Timeout(5):
+    while greenlet.gettrace() is not None:
+        gevent.sleep(0.001)
+
+# What a call sets on its loop is not there for the next.
+async def spoil():
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(print)
+    loop.set_task_factory(None)
+    return loop
+async def look():
+    loop = asyncio.get_running_loop()
+    assert loop.get_exception_handler() is None and loop.get_task_factory() is not None
+    return loop
+first = async_to_sync(spoil)()
+gevent.sleep(0.01)
+assert async_to_sync(look)() is first
 """
     )
 
