@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import importlib
 import logging
 import subprocess
@@ -56,6 +57,10 @@ LIBRARIES = {
 # What changes with time, or is made anew at each look.
 _FLEETING = frozenset({"__dict__", "__weakref__", "_abc_impl", "__abstractmethods__", "__annotations_cache__"})
 _MISSING = object()
+
+
+with contextlib.suppress(ImportError):
+    import exceptiongroup  # noqa: F401 - anyio's on Python 3.10; it replaces sys.excepthook
 
 
 def import_all(names: list[str]) -> None:
@@ -118,7 +123,7 @@ def assert_blocking() -> None:
 
     assert threading.current_thread() is threading.main_thread()
     assert threading.main_thread().is_alive()
-    assert threading.enumerate() == [threading.main_thread()]
+    assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
     native: list[int] = []
 
     def work() -> None:

@@ -290,7 +290,7 @@ import inspect
 from asgiref.sync import iscoroutinefunction
 assert iscoroutinefunction(sync_to_async(os.getpid)) and isinstance(async_to_sync(which), AsyncToSync)
 assert not iscoroutinefunction(async_to_sync(which))
-assert type(AsyncToSync.executors).__mro__[1] is Local
+assert isinstance(AsyncToSync.executors, Local)
 """
     )
 
