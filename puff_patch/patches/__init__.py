@@ -6,13 +6,29 @@ import os
 import sys
 
 from puff_patch.config import blocked_hub_ms
-from puff_patch.patches import django, django_redis, psycopg, psycopg2, redis, requests, sockets, sqlalchemy
+from puff_patch.patches import (
+    anyio,
+    asgiref,
+    asyncio,
+    django,
+    django_redis,
+    psycopg,
+    psycopg2,
+    redis,
+    requests,
+    sockets,
+    sqlalchemy,
+)
 from puff_patch.patches.base import Patch
 
 #: In the order in which they are applied; the standard library comes first.
 PATCHES: dict[str, Patch] = {
     module.PATCH.name: module.PATCH
-    for module in (sockets, psycopg2, psycopg, redis, requests, django, django_redis, sqlalchemy)
+    for module in (
+        *(sockets, asyncio, asgiref, anyio),
+        *(psycopg2, psycopg, redis, requests),
+        *(django, django_redis, sqlalchemy),
+    )
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
@@ -22,6 +38,9 @@ _FOUNDATIONS = frozenset({"gevent", "greenlet", "zope", "wrapt", "puff_patch", "
 def patch_all(
     *,
     sockets: bool = True,
+    asyncio: bool = True,
+    asgiref: bool = True,
+    anyio: bool = True,
     psycopg2: bool = True,
     psycopg: bool = True,
     redis: bool = True,
@@ -38,6 +57,9 @@ def patch_all(
 
     Args:
         sockets: the standard library (sockets, threads, time, subprocesses, ...), by gevent.
+        asyncio: an event loop runs for its own greenlet only; ``to_thread`` runs on greenlets.
+        asgiref: ``sync_to_async`` and ``async_to_sync`` between greenlets and event loops.
+        anyio: worker threads are greenlets.
         psycopg2: cooperative waits, and ``psycopg2.connect`` from a pool.
         psycopg: the same for psycopg 3.
         redis: clients of redis-py wait for a connection when their pool is full.
@@ -57,6 +79,9 @@ def patch_all(
 
     switches = {
         "sockets": sockets,
+        "asyncio": asyncio,
+        "asgiref": asgiref,
+        "anyio": anyio,
         "psycopg2": psycopg2,
         "psycopg": psycopg,
         "redis": redis,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gevent import get_hub
+from gevent._hub_local import get_hub_if_exists
 from gevent.hub import Hub
 
 _ATTRIBUTE = "_puff_mailbox"
@@ -80,6 +81,13 @@ class Mailbox:
             self._queue.clear()
             return False
         return True
+
+    def post_or_call(self, fn: Callable[..., object], *args: Any) -> None:
+        """Call ``fn(*args)`` if this is the hub's own thread, else post it."""
+        if get_hub_if_exists() is self._hub:
+            fn(*args)
+        else:
+            self.post(fn, *args)
 
     @contextmanager
     def hold(self) -> Iterator[None]:

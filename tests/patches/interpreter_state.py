@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import importlib
 import logging
 import subprocess
@@ -16,8 +17,12 @@ from typing import Any
 STDLIB = [
     "_thread",
     "_threading_local",
+    "asyncio",
     "asyncio.base_events",
+    "asyncio.events",
     "asyncio.selector_events",
+    "asyncio.tasks",
+    "asyncio.unix_events",
     "builtins",
     "concurrent.futures.thread",
     "contextvars",
@@ -43,6 +48,9 @@ STDLIB = [
 ]
 LIBRARIES = {
     "sockets": [],
+    "asyncio": ["uvloop"],
+    "asgiref": ["asgiref.local", "asgiref.sync"],
+    "anyio": ["anyio", "anyio.from_thread", "anyio._backends._asyncio"],
     "psycopg2": ["psycopg2", "psycopg2.extensions", "psycopg2.pool", "psycopg2._psycopg"],
     "psycopg": ["psycopg", "psycopg.waiting", "psycopg.connection", "psycopg._acompat", "psycopg.conninfo"],
     "redis": ["redis", "redis.client", "redis.cluster", "redis.connection", "redis.sentinel"],
@@ -56,6 +64,10 @@ _FLEETING = frozenset({"__dict__", "__weakref__", "_abc_impl", "__abstractmethod
 _MISSING = object()
 
 
+with contextlib.suppress(ImportError):
+    import exceptiongroup  # noqa: F401 - anyio's on Python 3.10; it replaces sys.excepthook
+
+
 def import_all(names: list[str]) -> None:
     for name in names:
         importlib.import_module(name)
@@ -64,6 +76,7 @@ def import_all(names: list[str]) -> None:
 def snapshot(modules: list[str]) -> dict[Any, Any]:
     """Every attribute of these modules and their classes, of the threads and of the root logger's handlers."""
     state: dict[Any, Any] = {}
+    asyncio.get_event_loop_policy()  # made at the first use
     for name in modules:
         module = importlib.import_module(name)
         for key, value in list(vars(module).items()):
@@ -115,7 +128,7 @@ def assert_blocking() -> None:
 
     assert threading.current_thread() is threading.main_thread()
     assert threading.main_thread().is_alive()
-    assert threading.enumerate() == [threading.main_thread()]
+    assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
     native: list[int] = []
 
     def work() -> None:

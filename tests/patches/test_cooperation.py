@@ -107,6 +107,26 @@ WAITS = {
         assert select.select([left], [], [], PAUSE) == ([], [], [])
         left.close(), right.close()
     """,
+    "event loop": """
+        import asyncio
+        assert asyncio.run(asyncio.sleep(PAUSE, 7)) == 7
+    """,
+    "async_to_sync": """
+        import asyncio
+        from asgiref.sync import async_to_sync, sync_to_async
+        async def both():
+            await asyncio.sleep(PAUSE / 2)
+            await sync_to_async(time.sleep)(PAUSE / 2)
+        async_to_sync(both)()
+    """,
+    "asyncio thread": """
+        import asyncio
+        from puff_patch.runtime import aio
+        async def both():
+            await asyncio.sleep(PAUSE / 2)
+            await aio.run_on_hub(time.sleep, PAUSE / 2)
+        aio.run_coroutine(both())
+    """,
     "lock": """
         import threading
         lock = threading.Lock()

@@ -21,6 +21,47 @@ def sockets():
     time.sleep(0.01)
     return bool(ticks)
 
+def asyncio():
+    import asyncio, gevent
+    seen = []
+    async def block():
+        gevent.sleep(0.001)
+    gevent.spawn(lambda: seen.append(asyncio._get_running_loop()))
+    asyncio.run(block())
+    return seen == [None]
+
+def asgiref():
+    import asyncio, gevent, threading
+    from asgiref.sync import async_to_sync
+    ticks = []
+    async def wait():
+        await asyncio.sleep(0.01)
+    gevent.spawn(ticks.append, 1)
+    async_to_sync(wait)()
+    found = bool(ticks)
+    while any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()):
+        gc.collect()  # asgiref's own thread ends with its executor
+        time.sleep(0.001)
+    return found
+
+def anyio():
+    import anyio, threading
+    from anyio._backends import _asyncio as backend
+    from puff_patch.runtime import aio
+    if not puff_patch.is_patched("anyio") and threading.Thread not in backend.WorkerThread.__bases__:
+        return False  # imported while threads were greenlets: its own class of threads is made of them for good
+    async def find():
+        return await anyio.to_thread.run_sync(threading.get_native_id)
+    if puff_patch.is_patched("anyio"):
+        # where no thread of anyio's would work once they are greenlets
+        found = aio.run_coroutine(find())
+        assert aio.stop()
+    else:
+        found = anyio.run(find)
+    while any(thread.name == "AnyIO worker thread" for thread in threading.enumerate()):
+        time.sleep(0.001)
+    return found == threading.get_native_id()
+
 def psycopg2():
     import psycopg2
     from psycopg2 import extensions
@@ -63,7 +104,13 @@ def requests():
         response.content
     return len(ports) == 1
 
+def configure_django():
+    from django.conf import settings
+    if not settings.configured:
+        settings.configure()
+
 def django():
+    configure_django()
     from django.core.cache.backends.redis import RedisCache
     url = os.environ["PUFF_DEFAULT_REDIS_URL"]
     one, other = RedisCache(url, {}), RedisCache(url, {})
@@ -77,6 +124,7 @@ def django():
             cache._cache.get_client().connection_pool.disconnect()
 
 def django_redis():
+    configure_django()
     import redis
     from django_redis.pool import ConnectionFactory
     factory = ConnectionFactory({})
@@ -112,12 +160,11 @@ from puff_patch.patches import PATCHES
 
 NAMES = list(PATCHES) if {name!r} == "all" else [{name!r}]
 MODULES = [module for name in NAMES for module in state.LIBRARIES[name]]
-if any(name.startswith("django") for name in NAMES):
-    from django.conf import settings
-    settings.configure()
 state.import_all(state.STDLIB)
 state.logging.basicConfig(stream=open(os.devnull, "w"))
 if {imported!r} == "before":
+    if any(name.startswith("django") for name in NAMES):
+        configure_django()
     state.import_all(MODULES)
     watched = state.STDLIB + MODULES
 else:

@@ -54,7 +54,9 @@ def test_switches_and_repetition() -> None:
 def test_an_unknown_patch_is_named_with_those_there_are() -> None:
     import puff_patch
 
-    with pytest.raises(ValueError, match=r"'psycopg3'.*sockets, psycopg2, psycopg, redis, requests, django"):
+    with pytest.raises(
+        ValueError, match=r"'psycopg3'.*sockets, asyncio, asgiref, anyio, psycopg2, psycopg, redis"
+    ):
         puff_patch.is_patched("psycopg3")
 
 
