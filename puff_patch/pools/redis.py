@@ -5,7 +5,6 @@ redis-py's pool raises when it is full; this one makes the next command wait its
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,7 +48,6 @@ class _Connections(Pool[Any]):
     ) -> None:
         self._make = make
         self._may_push = may_push
-        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         super().__init__(name, options)
 
     def _connect(self) -> Any:
@@ -299,7 +297,8 @@ def display_name(kwargs: Mapping[str, Any]) -> str:
 _SHARED_DEFAULTS: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 30.0}
 
 _clients: dict[Any, tuple[redis.Redis, object]] = {}
-_clients_lock = get_original("_thread", "allocate_lock")()
+# Reentrant: the garbage collector may run a finalizer that asks for a client while one is being made.
+_clients_lock = get_original("_thread", "RLock")()
 
 
 def shared_client(

@@ -16,6 +16,7 @@ from typing import Any
 
 import gevent
 import psycopg2
+from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
 from gevent.monkey import get_original
 from psycopg2 import extensions
@@ -41,7 +42,7 @@ class _Waiter:
             self._event.wait()
 
     def wake(self) -> bool:
-        if gevent.get_hub() is self._hub:
+        if get_hub_if_exists() is self._hub:
             self._event.set()
             return True
         return self._mailbox.post(self._event.set)
