@@ -234,9 +234,7 @@ class Pool(Generic[C]):
             if isinstance(error, Exception):
                 self._counters["requests_errors"] += 1
             raise
-        slot.leased_at = time.monotonic()
-        slot.holder = weakref.ref(getcurrent())
-        self._leased.add(slot)
+        self._begin_lease(slot)
         return slot
 
     def checkout_from(self, other: Pool[C]) -> Slot[C]:
@@ -246,6 +244,7 @@ class Pool(Generic[C]):
             PoolTimeout, TooManyRequests, PoolClosed: of either pool.
             Exception: whatever the driver raises when it cannot connect.
         """
+        _notice_fork()
         slot = self._take(self.options.timeout, time.monotonic())
         try:
             self._discard_connection(slot)
@@ -254,9 +253,10 @@ class Pool(Generic[C]):
             self._give_back(slot)
             raise
         slot.connection, slot.dirty = lease.connection, lease.dirty
-        slot.epoch, slot.expires_at, slot.leased_at = self._epoch, lease.expires_at, lease.leased_at
+        slot.epoch, slot.expires_at = self._epoch, lease.expires_at
         self._all.add(slot.connection)
         other.reclaim(lease)
+        self._begin_lease(slot)
         return slot
 
     def checkin(self, slot: Slot[C], connection: C, *, reusable: bool = True) -> None:
@@ -285,7 +285,6 @@ class Pool(Generic[C]):
     def checkin_broken(self, slot: Slot[C]) -> None:
         """Return a slot whose connection has ended by itself; the program may still look at it."""
         if slot.generation == self._generation:
-            self._counters["usage_ms"] += (time.monotonic() - slot.leased_at) * 1000
             self._counters["returns_bad"] += 1
             self.reclaim(slot)
 
@@ -302,6 +301,11 @@ class Pool(Generic[C]):
         if slot.generation == self._generation:
             self._end_lease(slot, time.monotonic())
         self._give_back(slot)
+
+    def _begin_lease(self, slot: Slot[C]) -> None:
+        slot.leased_at = time.monotonic()
+        slot.holder = weakref.ref(getcurrent())
+        self._leased.add(slot)
 
     def _end_lease(self, slot: Slot[C], now: float) -> None:
         self._leased.discard(slot)

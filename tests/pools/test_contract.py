@@ -542,6 +542,19 @@ def test_statistics_have_the_keys_of_psycopg_pool(driver: Driver) -> None:
     assert core.get_stats()["requests_num"] == 1
 
 
+@pytest.mark.parametrize("end", ["checkin", "checkin_broken", "reclaim"])
+def test_a_lease_counts_once_however_it_ends(end: str) -> None:
+    driver = Fake()
+    pool = driver.make(max_size=1)
+    slot = pool.checkout()
+    connection, slot.connection = slot.connection, None
+    slot.leased_at -= 100
+    getattr(pool, end)(*((slot, connection) if end == "checkin" else (slot,)))
+    assert 100_000 <= pool.get_stats()["usage_ms"] < 150_000
+    assert not pool._leased
+    driver.close()
+
+
 def test_statistics_lose_nothing_among_threads() -> None:
     pool = Fake().make(max_size=4)
     threads, rounds, popped = 8, 500, []
