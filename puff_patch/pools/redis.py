@@ -70,7 +70,7 @@ class _Connections(Pool[Any]):
         return connection
 
     def _check(self, connection: Any) -> bool:
-        if not _is_connected(connection) or not is_mine(_socket_of(connection)):
+        if not _is_connected(connection):
             return False
         try:
             # An idle connection has nothing to say, but for RESP3's push messages: data or EOF mean that it
