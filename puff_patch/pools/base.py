@@ -730,6 +730,8 @@ def _collect_garbage() -> None:
 
 # By name.  Not a WeakSet: that one cannot be iterated over while another thread adds to it.
 _pools: weakref.WeakValueDictionary[str, Pool[Any]] = weakref.WeakValueDictionary()
+# By id(): their names may be taken again, and their leases may still be out.
+_closed_pools: weakref.WeakValueDictionary[int, Pool[Any]] = weakref.WeakValueDictionary()
 _pools_lock = _allocate_lock()
 _fork_hook_installed = False
 
@@ -748,6 +750,7 @@ def _register(pool: Pool[Any], name: str) -> str:
 
 def _forget(pool: Pool[Any]) -> None:
     with _pools_lock:
+        _closed_pools[id(pool)] = pool
         if _pools.get(pool.name) is pool:
             del _pools[pool.name]
 
@@ -771,7 +774,7 @@ def _after_fork_in_child() -> None:
     global _pools_lock, _process
     _pools_lock = _allocate_lock()  # another thread of the parent may have held it
     _process = os.getpid()
-    for pool in all_pools():
+    for pool in [*_alive(_pools), *_alive(_closed_pools)]:
         pool._after_fork_in_child()
     for in_child in _in_child:
         in_child()
@@ -785,5 +788,8 @@ def _notice_fork() -> None:
 
 def all_pools() -> list[Pool[Any]]:
     """The open pools of this process, by name."""
-    found = [pool for reference in _pools.valuerefs() if (pool := reference()) is not None]
-    return sorted(found, key=lambda pool: pool.name)
+    return sorted(_alive(_pools), key=lambda pool: pool.name)
+
+
+def _alive(pools: weakref.WeakValueDictionary[Any, Pool[Any]]) -> list[Pool[Any]]:
+    return [pool for reference in pools.valuerefs() if (pool := reference()) is not None]

@@ -64,7 +64,7 @@ class Session:
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self.pgconn = pgconn
-        self.slot: Slot[Session] | None = None  # of its last lease
+        self.slot: Slot[Session] | None = None  # while it is leased
         self.cursors = Cursors()
 
 
@@ -145,6 +145,7 @@ class LeasedConnection(psycopg.Connection[Any]):
         if reusable:
             pgconn.untrace()
         self.pgconn = _closed_pgconn()
+        session.slot = None
         lease.pool.checkin(lease.slot, session, reusable=reusable)
 
     def __del__(self, *_: Any) -> None:

@@ -53,6 +53,51 @@ def test_forks_amid_queries_share_nothing_and_end_cleanly(program: Program) -> N
     assert told == "3\n"
 
 
+def test_a_child_leaves_idle_connections_and_those_of_closed_pools_alone(program: Program) -> None:
+    """Also what the forking greenlet was the last to use."""
+    told = program("""
+        import gc, os, warnings
+        import psycopg, psycopg2
+        from gevent.monkey import get_original
+        from worker import POSTGRES_URL
+
+        native = get_original("socket", "socket")
+
+        def is_cut_off(descriptor):
+            with native(fileno=os.dup(descriptor)) as sock:
+                sock.setblocking(False)
+                try:
+                    return sock.recv(1) == b""
+                except BlockingIOError:
+                    return False
+
+        idle, leased = [], []
+        for driver in (psycopg2, psycopg):
+            connection = driver.connect(POSTGRES_URL)
+            idle.append(connection.fileno())
+            connection.close()
+            connection = driver.connect(POSTGRES_URL, pool={"max_size": 2})
+            leased.append(connection)
+            connection._puff_lease.pool.close()
+        del connection
+        pid = os.fork()
+        if not pid:
+            warnings.simplefilter("ignore", ResourceWarning)
+            left = [descriptor for descriptor in idle if not is_cut_off(descriptor)]
+            leased.clear()
+            gc.collect()
+            get_original("time", "sleep")(0.3)
+            os._exit(len(left))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        for connection in leased:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            connection.close()
+        print("unharmed")
+    """)
+    assert told == "unharmed\n"
+
+
 def test_native_threads_use_the_pools_beside_greenlets(program: Program) -> None:
     """Threads that no patch has made a greenlet; the last one ends with a lease out."""
     told = program("""
