@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Each room may import those of its own height and below.  `embedded` starts what the configuration asks for, so these
-# two know each other.
+# Each room may import those of its own height and below.  `embedded` starts what the configuration asks for, so
+# these two know each other.
 RANKS = {
     "puff_patch.config": 0,
     "puff_patch.embedded": 0,

@@ -34,6 +34,7 @@ from puff_patch.pools import base
 from puff_patch.pools.base import Slot
 from puff_patch.pools.farewell import Farewells
 from puff_patch.pools.servers import Cursors, Registry, ServerPool, at_most, is_silent, says_unreachable
+from puff_patch.pools.sockets import cut_off
 from puff_patch.runtime.mailbox import Mailbox
 
 logger = logging.getLogger("puff_patch.pools")
@@ -83,14 +84,17 @@ class _Bare(psycopg.Connection[Any]):
     """A connection object that does not mind being dropped: what it held lives on; one class for each pool."""
 
     _puff_farewells: Farewells
+    #: The sockets of those that are connecting, by their generators.
+    _puff_connecting: dict[Any, int]
 
     @classmethod
     def _connect_gen(cls, *args: Any, **kwargs: Any) -> Generator[tuple[int, Any], Any, Any]:
         connecting: Any = super()._connect_gen(*args, **kwargs)
-        fileno, ready = -1, None
+        ready = None
         try:
             while True:
                 fileno, state = connecting.send(ready)
+                cls._puff_connecting[connecting] = fileno
                 ready = yield fileno, state
         except StopIteration as end:
             return end.value
@@ -99,6 +103,7 @@ class _Bare(psycopg.Connection[Any]):
             cls._puff_farewells.follow(fileno)
             raise
         finally:
+            cls._puff_connecting.pop(connecting, None)
             connecting.close()
 
     def __del__(self, *_: Any) -> None:
@@ -176,7 +181,9 @@ class PsycopgPool(ServerPool[Session]):
 
     def __init__(self, dsn: str, options: PoolOptions, *, setup: str | None = None, name: str = "") -> None:
         super().__init__(dsn, options, setup=setup, name=name)
-        self._bare: type[_Bare] = type("Connection", (_Bare,), {"_puff_farewells": self.farewells})
+        self._connecting: dict[Any, int] = {}
+        shared = {"_puff_farewells": self.farewells, "_puff_connecting": self._connecting}
+        self._bare: type[_Bare] = type("Connection", (_Bare,), shared)
 
     @staticmethod
     def parse(dsn: str) -> Mapping[str, Any]:
@@ -276,6 +283,12 @@ class PsycopgPool(ServerPool[Session]):
     def _keeps_over_fork(self, session: Session) -> bool:
         # What this greenlet holds it may go on using, as a daemon does whose parent has left.
         return session.slot is not None and session.slot.is_held_here() and not _is_busy(session.pgconn)
+
+    def _after_fork_in_child(self) -> None:
+        for fileno in self._connecting.values():
+            cut_off(fileno)
+        self._connecting.clear()
+        super()._after_fork_in_child()
 
     def _abandon(self, session: Session) -> None:
         """Nothing to do: psycopg leaves the socket alone in a process that did not open it."""

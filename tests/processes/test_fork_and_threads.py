@@ -98,6 +98,33 @@ def test_a_child_leaves_idle_connections_and_those_of_closed_pools_alone(program
     assert told == "unharmed\n"
 
 
+def test_a_child_does_not_go_on_with_a_handshake_of_the_parent(program: Program) -> None:
+    told = program("""
+        import os, socket
+        import gevent
+        import psycopg, psycopg2
+
+        server = socket.create_server(("127.0.0.1", 0))
+        dsn = f"host=127.0.0.1 port={server.getsockname()[1]} user=u dbname=d sslmode=disable gssencmode=disable"
+        connecting = [gevent.spawn(driver.connect, dsn) for driver in (psycopg2, psycopg)]
+        peers = [server.accept()[0] for _ in connecting]
+        for peer in peers:
+            assert peer.recv(1000)
+        pid = os.fork()
+        if not pid:
+            gevent.get_hub().exception_stream = None
+            gevent.joinall(connecting, timeout=3)
+            os._exit(sum(not each.ready() for each in connecting))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not any(each.ready() for each in connecting)
+        gevent.killall(connecting)
+        for each in (server, *peers):
+            each.close()
+        print("left alone")
+    """)
+    assert told == "left alone\n"
+
+
 def test_native_threads_use_the_pools_beside_greenlets(program: Program) -> None:
     """Threads that no patch has made a greenlet; the last one ends with a lease out."""
     told = program("""
