@@ -119,11 +119,12 @@ class _Request(Generic[C]):
     def wait(self, timeout: float) -> None:
         self._event.wait(timeout)
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
+        """Says whether there is somebody to be woken: the thread that waits may have ended."""
         if get_hub_if_exists() is self._hub:
             self._event.set()
-        else:
-            self._mailbox.post(self._event.set)
+            return True
+        return self._mailbox.post(self._event.set)
 
 
 class Pool(Generic[C]):
@@ -293,7 +294,7 @@ class Pool(Generic[C]):
         return slot.generation == self._generation
 
     def reclaim(self, slot: Slot[C]) -> None:
-        """Free the slot of a connection that was garbage collected without being returned.
+        """Free the slot of a connection that is the pool's no more: garbage collected without being returned, say.
 
         Safe in a finalizer: never switches.
         """
@@ -492,26 +493,30 @@ class Pool(Generic[C]):
         """Hand the slot to the first in the queue, or keep its connection, or let it go."""
         if slot.generation != self._generation:
             return  # the parent's
-        request = doomed = None
-        with self._lock:
-            if self._closed or slot.epoch != self._epoch:
-                doomed, slot.connection = slot.connection, None  # while it was being opened or reset
-            empty, dirty = slot.connection is None, slot.dirty
-            if self._requests:
-                # Also an empty slot is worth having: its new holder connects by itself.
-                request = self._requests.popleft()
-                request.slot = slot
-            elif empty:
-                self._size -= 1
-            elif dirty:
-                self._dirty.append(slot)
-            else:
-                self._clean.append(slot)
-        if doomed is not None:
-            self._close(doomed)
-        if request is not None:
-            request.wake()
-        elif empty:
+        while True:
+            request = doomed = None
+            with self._lock:
+                if self._closed or slot.epoch != self._epoch:
+                    doomed, slot.connection = slot.connection, None  # while it was being opened or reset
+                empty, dirty = slot.connection is None, slot.dirty
+                if self._requests:
+                    # Also an empty slot is worth having: its new holder connects by itself.
+                    request = self._requests.popleft()
+                    request.slot = slot
+                elif empty:
+                    self._size -= 1
+                elif dirty:
+                    self._dirty.append(slot)
+                else:
+                    self._clean.append(slot)
+            if doomed is not None:
+                self._close(doomed)
+            if request is None:
+                break
+            if request.wake():
+                return
+            request.slot = None  # the thread it waited in has gone
+        if empty:
             if self._size < self.options.min_size and not self._closed:
                 self._at_home(self._refill)
         else:

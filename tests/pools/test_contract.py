@@ -678,6 +678,29 @@ def test_a_return_in_a_thread_that_ends_leaves_no_work_behind(driver: Driver) ->
     eventually(lambda: core.get_stats()["pool_size"] == 0, what="it is pruned")
 
 
+def test_a_thread_that_ended_while_its_greenlets_waited_keeps_nothing() -> None:
+    driver = Fake()
+    pool = driver.make(max_size=1, timeout=5)
+    connection = driver.take(pool)
+    ended = []
+
+    def work() -> None:
+        waiter = gevent.spawn(driver.take, pool)
+        while not pool.get_stats()["requests_waiting"]:
+            gevent.sleep(0)
+        ended.append(waiter)
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    eventually(lambda: ended and not thread.is_alive())
+    last = gevent.spawn(driver.take, pool)
+    waiting(pool, 2)
+    driver.give(pool, connection)
+    driver.give(pool, last.get(timeout=2))
+    driver.close()
+
+
 @pytest.mark.parametrize("deed", ["give", "take"])
 def test_a_finalizer_that_uses_the_pool_may_run_anywhere(driver: Driver, deed: str) -> None:
     """`__del__` methods run wherever the garbage collector strikes, also in the midst of a checkout."""
