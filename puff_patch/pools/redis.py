@@ -298,7 +298,13 @@ _SHARED_DEFAULTS: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeo
 
 _clients: dict[Any, tuple[redis.Redis, object]] = {}
 # Reentrant: the garbage collector may run a finalizer that asks for a client while one is being made.
-_clients_lock = get_original("_thread", "RLock")()
+_allocate_lock: Callable[[], Any] = get_original("_thread", "RLock")
+_clients_lock = _allocate_lock()
+
+
+def _renew_lock() -> None:
+    global _clients_lock
+    _clients_lock = _allocate_lock()
 
 
 def shared_client(
@@ -316,6 +322,7 @@ def shared_client(
     key = (url, pool_class, freeze({k: v for k, v in options.items() if k != "driver_info"}))
     found = _clients.get(key)
     if found is None:
+        base.follow_forks(_renew_lock)  # another thread of the parent may have held it
         with _clients_lock:
             found = _clients.get(key)
             if found is None:

@@ -17,7 +17,7 @@ import gevent
 from gevent.monkey import get_original
 
 from puff_patch.config import PoolOptions, current, unreachable_hint
-from puff_patch.pools.base import Pool, all_pools
+from puff_patch.pools.base import Pool, all_pools, follow_forks
 from puff_patch.pools.farewell import Farewells
 
 C = TypeVar("C")
@@ -159,6 +159,9 @@ class Registry(Generic[P]):
         self._pool_class = pool_class
         # None stands for a server that is not to be pooled.
         self._pools: dict[Any, P | None] = {}
+        self._renew_lock()
+
+    def _renew_lock(self) -> None:
         # Reentrant: the garbage collector may run a finalizer that connects while a pool is being made.
         self._lock = get_original("_thread", "RLock")()
 
@@ -184,6 +187,7 @@ class Registry(Generic[P]):
         if not config.pools_postgres(display_name(self._pool_class.parse(dsn))):
             self._pools[key] = None
             return None
+        follow_forks(self._renew_lock)  # another thread of the parent may have held it
         with self._lock:
             pool = self._pools.get(key)
             if pool is None or pool.closed:

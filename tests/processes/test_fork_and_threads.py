@@ -125,6 +125,44 @@ def test_a_child_does_not_go_on_with_a_handshake_of_the_parent(program: Program)
     assert told == "left alone\n"
 
 
+def test_a_child_makes_pools_though_another_thread_was_making_one(program: Program) -> None:
+    told = program("""
+        import os, signal
+        import gevent
+        import psycopg, psycopg2
+        from gevent.monkey import get_original
+        from puff_patch.pools import postgres, redis
+        from puff_patch.pools import psycopg as psycopg3
+        from worker import POSTGRES_URL, REDIS_URL
+
+        def make(**options):
+            for driver in (psycopg2, psycopg):
+                driver.connect(POSTGRES_URL, pool=options).close()
+            redis.shared_client(REDIS_URL, {"max_connections": options["max_size"]}).ping()
+
+        make(max_size=1)
+        held = []
+
+        def hold():
+            for lock in (postgres._registry._lock, psycopg3._registry._lock, redis._clients_lock):
+                lock.acquire()
+            held.append(True)
+            get_original("time", "sleep")(60)
+
+        get_original("_thread", "start_new_thread")(hold, ())
+        while not held:
+            gevent.sleep(0.001)
+        pid = os.fork()
+        if not pid:
+            signal.alarm(5)
+            make(max_size=2)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        print("made")
+    """)
+    assert told == "made\n"
+
+
 def test_native_threads_use_the_pools_beside_greenlets(program: Program) -> None:
     """Threads that no patch has made a greenlet; the last one ends with a lease out."""
     told = program("""
