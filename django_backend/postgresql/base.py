@@ -31,6 +31,8 @@ SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "ho
 class DatabaseWrapper(base.DatabaseWrapper):
     """Django's, with the server from puff_patch's configuration and leases from its pool."""
 
+    _checked_pool: object = True
+
     def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
         named = any(settings_dict.get(key) for key in SERVER_SETTINGS.values())
         # Django's connection without a database, to create one, has the server of the one it was made from.
@@ -70,7 +72,9 @@ class DatabaseWrapper(base.DatabaseWrapper):
             ImproperlyConfigured: ``OPTIONS["pool"]`` is wrong.
         """
         pool = self.settings_dict["OPTIONS"].get("pool", True)
-        pool_options(self.alias, pool)
+        if pool is not self._checked_pool:  # to look at it costs half as much as a lease
+            pool_options(self.alias, pool)
+            self._checked_pool = pool
         return super().get_new_connection(with_setup(self, {**conn_params, "pool": pool}))
 
 

@@ -18,8 +18,6 @@ from typing import Any
 
 from puff_patch.patches.base import Patch
 
-_MISSING: Any = object()
-
 
 class AsgirefPatch(Patch):
     """asgiref across greenlets and event loops."""

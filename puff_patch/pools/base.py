@@ -119,11 +119,12 @@ class _Request(Generic[C]):
     def wait(self, timeout: float) -> None:
         self._event.wait(timeout)
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
+        """Says whether there is somebody to be woken: the thread that waits may have ended."""
         if get_hub_if_exists() is self._hub:
             self._event.set()
-        else:
-            self._mailbox.post(self._event.set)
+            return True
+        return self._mailbox.post(self._event.set)
 
 
 class Pool(Generic[C]):
@@ -234,9 +235,7 @@ class Pool(Generic[C]):
             if isinstance(error, Exception):
                 self._counters["requests_errors"] += 1
             raise
-        slot.leased_at = time.monotonic()
-        slot.holder = weakref.ref(getcurrent())
-        self._leased.add(slot)
+        self._begin_lease(slot)
         return slot
 
     def checkout_from(self, other: Pool[C]) -> Slot[C]:
@@ -246,6 +245,7 @@ class Pool(Generic[C]):
             PoolTimeout, TooManyRequests, PoolClosed: of either pool.
             Exception: whatever the driver raises when it cannot connect.
         """
+        _notice_fork()
         slot = self._take(self.options.timeout, time.monotonic())
         try:
             self._discard_connection(slot)
@@ -254,9 +254,10 @@ class Pool(Generic[C]):
             self._give_back(slot)
             raise
         slot.connection, slot.dirty = lease.connection, lease.dirty
-        slot.epoch, slot.expires_at, slot.leased_at = self._epoch, lease.expires_at, lease.leased_at
+        slot.epoch, slot.expires_at = self._epoch, lease.expires_at
         self._all.add(slot.connection)
         other.reclaim(lease)
+        self._begin_lease(slot)
         return slot
 
     def checkin(self, slot: Slot[C], connection: C, *, reusable: bool = True) -> None:
@@ -285,7 +286,6 @@ class Pool(Generic[C]):
     def checkin_broken(self, slot: Slot[C]) -> None:
         """Return a slot whose connection has ended by itself; the program may still look at it."""
         if slot.generation == self._generation:
-            self._counters["usage_ms"] += (time.monotonic() - slot.leased_at) * 1000
             self._counters["returns_bad"] += 1
             self.reclaim(slot)
 
@@ -294,7 +294,7 @@ class Pool(Generic[C]):
         return slot.generation == self._generation
 
     def reclaim(self, slot: Slot[C]) -> None:
-        """Free the slot of a connection that was garbage collected without being returned.
+        """Free the slot of a connection that is the pool's no more: garbage collected without being returned, say.
 
         Safe in a finalizer: never switches.
         """
@@ -302,6 +302,11 @@ class Pool(Generic[C]):
         if slot.generation == self._generation:
             self._end_lease(slot, time.monotonic())
         self._give_back(slot)
+
+    def _begin_lease(self, slot: Slot[C]) -> None:
+        slot.leased_at = time.monotonic()
+        slot.holder = weakref.ref(getcurrent())
+        self._leased.add(slot)
 
     def _end_lease(self, slot: Slot[C], now: float) -> None:
         self._leased.discard(slot)
@@ -488,26 +493,30 @@ class Pool(Generic[C]):
         """Hand the slot to the first in the queue, or keep its connection, or let it go."""
         if slot.generation != self._generation:
             return  # the parent's
-        request = doomed = None
-        with self._lock:
-            if self._closed or slot.epoch != self._epoch:
-                doomed, slot.connection = slot.connection, None  # while it was being opened or reset
-            empty, dirty = slot.connection is None, slot.dirty
-            if self._requests:
-                # Also an empty slot is worth having: its new holder connects by itself.
-                request = self._requests.popleft()
-                request.slot = slot
-            elif empty:
-                self._size -= 1
-            elif dirty:
-                self._dirty.append(slot)
-            else:
-                self._clean.append(slot)
-        if doomed is not None:
-            self._close(doomed)
-        if request is not None:
-            request.wake()
-        elif empty:
+        while True:
+            request = doomed = None
+            with self._lock:
+                if self._closed or slot.epoch != self._epoch:
+                    doomed, slot.connection = slot.connection, None  # while it was being opened or reset
+                empty, dirty = slot.connection is None, slot.dirty
+                if self._requests:
+                    # Also an empty slot is worth having: its new holder connects by itself.
+                    request = self._requests.popleft()
+                    request.slot = slot
+                elif empty:
+                    self._size -= 1
+                elif dirty:
+                    self._dirty.append(slot)
+                else:
+                    self._clean.append(slot)
+            if doomed is not None:
+                self._close(doomed)
+            if request is None:
+                break
+            if request.wake():
+                return
+            request.slot = None  # the thread it waited in has gone
+        if empty:
             if self._size < self.options.min_size and not self._closed:
                 self._at_home(self._refill)
         else:
@@ -726,6 +735,8 @@ def _collect_garbage() -> None:
 
 # By name.  Not a WeakSet: that one cannot be iterated over while another thread adds to it.
 _pools: weakref.WeakValueDictionary[str, Pool[Any]] = weakref.WeakValueDictionary()
+# By id(): their names may be taken again, and their leases may still be out.
+_closed_pools: weakref.WeakValueDictionary[int, Pool[Any]] = weakref.WeakValueDictionary()
 _pools_lock = _allocate_lock()
 _fork_hook_installed = False
 
@@ -744,6 +755,7 @@ def _register(pool: Pool[Any], name: str) -> str:
 
 def _forget(pool: Pool[Any]) -> None:
     with _pools_lock:
+        _closed_pools[id(pool)] = pool
         if _pools.get(pool.name) is pool:
             del _pools[pool.name]
 
@@ -767,7 +779,7 @@ def _after_fork_in_child() -> None:
     global _pools_lock, _process
     _pools_lock = _allocate_lock()  # another thread of the parent may have held it
     _process = os.getpid()
-    for pool in all_pools():
+    for pool in [*_alive(_pools), *_alive(_closed_pools)]:
         pool._after_fork_in_child()
     for in_child in _in_child:
         in_child()
@@ -781,5 +793,8 @@ def _notice_fork() -> None:
 
 def all_pools() -> list[Pool[Any]]:
     """The open pools of this process, by name."""
-    found = [pool for reference in _pools.valuerefs() if (pool := reference()) is not None]
-    return sorted(found, key=lambda pool: pool.name)
+    return sorted(_alive(_pools), key=lambda pool: pool.name)
+
+
+def _alive(pools: weakref.WeakValueDictionary[Any, Pool[Any]]) -> list[Pool[Any]]:
+    return [pool for reference in pools.valuerefs() if (pool := reference()) is not None]

@@ -82,8 +82,7 @@ class _Connections(Pool[Any]):
         owner = self._owner()
         # Libraries that record requests put a class of their own there while they do.
         return (
-            is_mine(connection.sock)
-            and owner is not None
+            owner is not None
             and isinstance(connection, owner.ConnectionCls)
             and not is_connection_dropped(connection)
         )

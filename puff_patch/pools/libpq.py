@@ -54,7 +54,10 @@ class Cancel:
         if self:
             token = object()
             self._under_way.add(token)
-            _start_thread(self._send, (token,))
+            try:
+                _start_thread(self._send, (token,))
+            except RuntimeError:  # no thread can be had, or the interpreter is ending
+                self._under_way.discard(token)
 
     @property
     def is_under_way(self) -> bool:

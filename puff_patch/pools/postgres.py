@@ -19,11 +19,10 @@ from functools import lru_cache
 from typing import Any
 
 import psycopg2
-from gevent.monkey import get_original
 from psycopg2 import _psycopg, extensions
 
 from puff_patch.pools import base
-from puff_patch.pools.base import Discard, Slot
+from puff_patch.pools.base import Slot
 from puff_patch.pools.libpq import finish, follow, is_busy
 from puff_patch.pools.offload import CooperativeConnection, has_large_objects
 from puff_patch.pools.servers import (
@@ -35,7 +34,6 @@ from puff_patch.pools.servers import (
     says_unreachable,
 )
 
-_socket: Callable[..., Any] = get_original("socket", "socket")
 # What psycopg2.connect() calls, which is replaced by a patch.
 _connect: Callable[..., Any] = _psycopg._connect
 # The methods of psycopg2's own class, whatever class an instance has now.
@@ -452,7 +450,6 @@ get_pool = _registry.get
 
 
 __all__ = [
-    "Discard",
     "LeasedConnection",
     "PoolClosed",
     "PoolTimeout",

@@ -16,29 +16,31 @@ import gc
 import logging
 import os
 import select
-import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import cache
 from typing import Any
 
 import psycopg
+from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original
 from psycopg import errors, pq
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_to_dict
 
+from puff_patch.config import PoolOptions
 from puff_patch.pools import base
 from puff_patch.pools.base import Slot
+from puff_patch.pools.farewell import Farewells
 from puff_patch.pools.servers import Cursors, Registry, ServerPool, at_most, is_silent, says_unreachable
+from puff_patch.pools.sockets import cut_off
 from puff_patch.runtime.mailbox import Mailbox
 
 logger = logging.getLogger("puff_patch.pools")
 
 _start_thread: Callable[..., Any] = get_original("_thread", "start_new_thread")
 _poll: Callable[[], Any] = get_original("select", "poll")
-_socket: Callable[..., Any] = get_original("socket", "socket")
 _RETURNABLE = frozenset({pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR})
 # Seconds that a request to cancel may take.
 _CANCEL_TIMEOUT = 30.0
@@ -63,7 +65,7 @@ class Session:
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self.pgconn = pgconn
-        self.slot: Slot[Session] | None = None  # of its last lease
+        self.slot: Slot[Session] | None = None  # while it is leased
         self.cursors = Cursors()
 
 
@@ -79,7 +81,30 @@ class _Lease:
 
 
 class _Bare(psycopg.Connection[Any]):
-    """A connection object that does not mind being dropped: what it held lives on."""
+    """A connection object that does not mind being dropped: what it held lives on; one class for each pool."""
+
+    _puff_farewells: Farewells
+    #: The sockets of those that are connecting, by their generators.
+    _puff_connecting: dict[Any, int]
+
+    @classmethod
+    def _connect_gen(cls, *args: Any, **kwargs: Any) -> Generator[tuple[int, Any], Any, Any]:
+        connecting: Any = super()._connect_gen(*args, **kwargs)
+        ready = None
+        try:
+            while True:
+                fileno, state = connecting.send(ready)
+                cls._puff_connecting[connecting] = fileno
+                ready = yield fileno, state
+        except StopIteration as end:
+            return end.value
+        except GeneratorExit:
+            # Nobody waits for it any longer, and amid the handshake the server has it already.
+            cls._puff_farewells.follow(fileno)
+            raise
+        finally:
+            cls._puff_connecting.pop(connecting, None)
+            connecting.close()
 
     def __del__(self, *_: Any) -> None:
         """No ResourceWarning."""
@@ -92,6 +117,7 @@ class LeasedConnection(psycopg.Connection[Any]):
     __qualname__ = "Connection"
 
     _puff_lease: _Lease | None = None
+    _puff_farewells: Farewells
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's; remembered, for it may refer to the session after the lease has ended."""
@@ -118,12 +144,13 @@ class LeasedConnection(psycopg.Connection[Any]):
             and not self._num_transactions
         )
         if in_use and lease.pool.owns(lease.slot):
-            # Not to be closed under those who wait in it: at the end of the socket they wake with an error.
-            _hang_up(pgconn)
+            # Not to be closed under those who wait in it: when the server has ended it they wake with an error.
+            _follow(pgconn, lease.pool.farewells)
             session.pgconn = _closed_pgconn()
         if reusable:
             pgconn.untrace()
         self.pgconn = _closed_pgconn()
+        session.slot = None
         lease.pool.checkin(lease.slot, session, reusable=reusable)
 
     def __del__(self, *_: Any) -> None:
@@ -151,6 +178,12 @@ class PsycopgPool(ServerPool[Session]):
     PoolTimeout = PoolTimeout
     TooManyRequests = TooManyRequests
     PoolClosed = PoolClosed
+
+    def __init__(self, dsn: str, options: PoolOptions, *, setup: str | None = None, name: str = "") -> None:
+        super().__init__(dsn, options, setup=setup, name=name)
+        self._connecting: dict[Any, int] = {}
+        shared = {"_puff_farewells": self.farewells, "_puff_connecting": self._connecting}
+        self._bare: type[_Bare] = type("Connection", (_Bare,), shared)
 
     @staticmethod
     def parse(dsn: str) -> Mapping[str, Any]:
@@ -183,6 +216,7 @@ class PsycopgPool(ServerPool[Session]):
         session.slot = slot
         connection = LeasedConnection(session.pgconn)
         connection._puff_lease = _Lease(self, slot, session)
+        connection._puff_farewells = self.farewells
         connection._autocommit = bool(autocommit)
         connection.prepare_threshold = prepare_threshold
         if row_factory is not None:
@@ -200,7 +234,7 @@ class PsycopgPool(ServerPool[Session]):
         late = f"timeout expired: no answer in {self.options.timeout:g} s"
         with at_most(seconds, lambda: errors.ConnectionTimeout(self._unreachable(late))):
             try:
-                connection = _Bare.connect(self.dsn)
+                connection = self._bare.connect(self.dsn)
             except psycopg.OperationalError as error:
                 if says_unreachable(str(error)):
                     raise type(error)(self._unreachable(str(error))) from error
@@ -218,7 +252,7 @@ class PsycopgPool(ServerPool[Session]):
             connection.execute(self._setup.encode())
 
     def _reset(self, session: Session) -> None:
-        connection = _Bare(session.pgconn)
+        connection = self._bare(session.pgconn)
         seconds = self.options.timeout
         with at_most(seconds, lambda: psycopg.OperationalError(f"no answer in {seconds:g} s")):
             connection.rollback()
@@ -240,10 +274,8 @@ class PsycopgPool(ServerPool[Session]):
         return others <= sum(_references(cursor, session.pgconn) for cursor in session.cursors.alive())
 
     def _close(self, session: Session) -> None:
-        pgconn = session.pgconn
-        if pgconn.status == pq.ConnStatus.OK:
-            self.farewells.follow(pgconn.socket, Cancel(pgconn).send if _is_busy(pgconn) else None)
-        pgconn.finish()
+        _follow(session.pgconn, self.farewells)
+        session.pgconn.finish()
 
     def _fileno(self, session: Session) -> int | None:
         return session.pgconn.socket if session.pgconn.status == pq.ConnStatus.OK else None
@@ -251,6 +283,12 @@ class PsycopgPool(ServerPool[Session]):
     def _keeps_over_fork(self, session: Session) -> bool:
         # What this greenlet holds it may go on using, as a daemon does whose parent has left.
         return session.slot is not None and session.slot.is_held_here() and not _is_busy(session.pgconn)
+
+    def _after_fork_in_child(self) -> None:
+        for fileno in self._connecting.values():
+            cut_off(fileno)
+        self._connecting.clear()
+        super()._after_fork_in_child()
 
     def _abandon(self, session: Session) -> None:
         """Nothing to do: psycopg leaves the socket alone in a process that did not open it."""
@@ -294,14 +332,18 @@ class Cancel:
         self._request: Any = (
             pgconn.cancel_conn() if psycopg.capabilities.has_cancel_safe() else pgconn.get_cancel()
         )
-        self._mailbox = Mailbox.current()
+        # A finalizer may run in a thread that has no hub, and must not get one for it.
+        self._mailbox = Mailbox.current() if get_hub_if_exists() else None
         self._is_under_way = False
 
     def send(self) -> None:
         """Send it, by a native thread, unless one is under way; does not wait for it."""
         if not self._is_under_way:
             self._is_under_way = True
-            _start_thread(self._send, ())
+            try:
+                _start_thread(self._send, ())
+            except RuntimeError:  # no thread can be had, or the interpreter is ending
+                self._is_under_way = False
 
     def _send(self) -> None:
         try:
@@ -311,7 +353,8 @@ class Cancel:
                 # libpq before 17 has no other; the C implementation keeps the interpreter lock meanwhile.
                 self._request.cancel()
         except psycopg.Error as error:
-            self._mailbox.post(_tell_not_stopped, str(error))
+            if self._mailbox is not None:
+                self._mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", error)
         finally:
             self._is_under_way = False
 
@@ -336,23 +379,21 @@ def _is_busy(pgconn: pq.abc.PGconn) -> bool:
     return pgconn.transaction_status == pq.TransactionStatus.ACTIVE
 
 
-def stop_query(pgconn: pq.abc.PGconn) -> None:
-    """Ask the server to stop what it does for a connection; does not wait, and does nothing if it is idle."""
+def _follow(pgconn: pq.abc.PGconn, farewells: Farewells) -> None:
+    """Follow a connection that will not be used any more to its end at the server."""
+    if pgconn.status == pq.ConnStatus.OK:
+        farewells.follow(pgconn.socket, Cancel(pgconn).send if _is_busy(pgconn) else None)
+
+
+def give_up(connection: psycopg.Connection[Any]) -> None:
+    """Stop what the server does for a greenlet that was interrupted; its connection cannot be used on."""
+    pgconn = connection.pgconn
     if _is_busy(pgconn):
-        Cancel(pgconn).send()
+        _follow(pgconn, getattr(connection, "_puff_farewells", _unpooled))
+        pgconn.finish()
 
 
-def _tell_not_stopped(reason: str) -> None:
-    logger.info("a query nobody waits for could not be stopped: %s", reason)
-
-
-def _hang_up(pgconn: pq.abc.PGconn) -> None:
-    """Stop the server's work and end the conversation, but leave the socket to whom waits for it."""
-    if pgconn.status != pq.ConnStatus.OK:
-        return
-    stop_query(pgconn)
-    with _socket(fileno=os.dup(pgconn.socket)) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
+_unpooled = Farewells()
 
 
 _registry = Registry(PsycopgPool)
@@ -367,5 +408,5 @@ __all__ = [
     "PsycopgPool",
     "TooManyRequests",
     "get_pool",
-    "stop_query",
+    "give_up",
 ]

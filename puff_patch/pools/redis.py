@@ -5,7 +5,6 @@ redis-py's pool raises when it is full; this one makes the next command wait its
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,7 +48,6 @@ class _Connections(Pool[Any]):
     ) -> None:
         self._make = make
         self._may_push = may_push
-        self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         super().__init__(name, options)
 
     def _connect(self) -> Any:
@@ -72,7 +70,7 @@ class _Connections(Pool[Any]):
         return connection
 
     def _check(self, connection: Any) -> bool:
-        if not _is_connected(connection) or not is_mine(_socket_of(connection)):
+        if not _is_connected(connection):
             return False
         try:
             # An idle connection has nothing to say, but for RESP3's push messages: data or EOF mean that it
@@ -299,7 +297,14 @@ def display_name(kwargs: Mapping[str, Any]) -> str:
 _SHARED_DEFAULTS: dict[str, Any] = {"socket_connect_timeout": 5.0, "socket_timeout": 30.0}
 
 _clients: dict[Any, tuple[redis.Redis, object]] = {}
-_clients_lock = get_original("_thread", "allocate_lock")()
+# Reentrant: the garbage collector may run a finalizer that asks for a client while one is being made.
+_allocate_lock: Callable[[], Any] = get_original("_thread", "RLock")
+_clients_lock = _allocate_lock()
+
+
+def _renew_lock() -> None:
+    global _clients_lock
+    _clients_lock = _allocate_lock()
 
 
 def shared_client(
@@ -317,6 +322,7 @@ def shared_client(
     key = (url, pool_class, freeze({k: v for k, v in options.items() if k != "driver_info"}))
     found = _clients.get(key)
     if found is None:
+        base.follow_forks(_renew_lock)  # another thread of the parent may have held it
         with _clients_lock:
             found = _clients.get(key)
             if found is None:

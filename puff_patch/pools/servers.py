@@ -17,7 +17,7 @@ import gevent
 from gevent.monkey import get_original
 
 from puff_patch.config import PoolOptions, current, unreachable_hint
-from puff_patch.pools.base import Pool, all_pools
+from puff_patch.pools.base import Pool, all_pools, follow_forks
 from puff_patch.pools.farewell import Farewells
 
 C = TypeVar("C")
@@ -142,6 +142,16 @@ _VARIABLES = (
 )
 
 
+_RAW_VARIABLES = tuple(map(os.fsencode, _VARIABLES))
+
+
+def _environment() -> tuple[Any, ...]:
+    """What the environment says now; only to be compared."""
+    # What os.environ wraps, where it does: that would encode and decode at each look, at twenty times the price.
+    raw = getattr(os.environ, "_data", None)
+    return tuple(map(os.environ.get, _VARIABLES)) if raw is None else tuple(map(raw.get, _RAW_VARIABLES))
+
+
 class Registry(Generic[P]):
     """The pools that one driver has in this process, one for each DSN and set of options."""
 
@@ -149,7 +159,11 @@ class Registry(Generic[P]):
         self._pool_class = pool_class
         # None stands for a server that is not to be pooled.
         self._pools: dict[Any, P | None] = {}
-        self._lock = get_original("_thread", "allocate_lock")()
+        self._renew_lock()
+
+    def _renew_lock(self) -> None:
+        # Reentrant: the garbage collector may run a finalizer that connects while a pool is being made.
+        self._lock = get_original("_thread", "RLock")()
 
     def get(self, dsn: str, overrides: Mapping[str, Any] | None = None, *, setup: str | None = None) -> P | None:
         """The pool of this process for a DSN with these options; made at the first call.
@@ -165,8 +179,7 @@ class Registry(Generic[P]):
         Raises:
             puff_patch.config.ConfigError: an unknown or impossible option.
         """
-        environment = tuple(map(os.environ.get, _VARIABLES))
-        key = (dsn, tuple(sorted((overrides or {}).items())), setup, environment)
+        key = (dsn, tuple(sorted((overrides or {}).items())), setup, _environment())
         if key in self._pools and ((pool := self._pools[key]) is None or not pool.closed):
             return pool
         config = current()
@@ -174,6 +187,7 @@ class Registry(Generic[P]):
         if not config.pools_postgres(display_name(self._pool_class.parse(dsn))):
             self._pools[key] = None
             return None
+        follow_forks(self._renew_lock)  # another thread of the parent may have held it
         with self._lock:
             pool = self._pools.get(key)
             if pool is None or pool.closed:

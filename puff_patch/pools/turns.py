@@ -16,8 +16,10 @@ from typing import Any
 
 import gevent
 import psycopg2
+from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
 from gevent.monkey import get_original
+from greenlet import getcurrent
 from psycopg2 import extensions
 
 from puff_patch.runtime.mailbox import Mailbox
@@ -31,7 +33,7 @@ class _Waiter:
     __slots__ = ("_event", "_hub", "_mailbox", "greenlet")
 
     def __init__(self) -> None:
-        self.greenlet = gevent.getcurrent()
+        self.greenlet = getcurrent()
         self._event = Event()
         self._hub = gevent.get_hub()
         self._mailbox = Mailbox.current()
@@ -41,7 +43,7 @@ class _Waiter:
             self._event.wait()
 
     def wake(self) -> bool:
-        if gevent.get_hub() is self._hub:
+        if get_hub_if_exists() is self._hub:
             self._event.set()
             return True
         return self._mailbox.post(self._event.set)
@@ -64,13 +66,16 @@ class Turn:
 
     def acquire(self) -> bool:
         """Take the turn; says whether that took waiting."""
-        me = gevent.getcurrent()
+        me = getcurrent()
         with self._lock:
-            if self._take(me):
+            if self._owner is None or self._owner is me:
+                self._owner = me
+                self._depth += 1
                 return False
         waiter = _Waiter()
         with self._lock:
-            if self._take(me):
+            if self._owner is None:
+                self._owner, self._depth = me, 1
                 return False
             self._waiting.append(waiter)
         try:
@@ -82,14 +87,6 @@ class Turn:
                     raise
             self.release()
             raise
-        return True
-
-    def _take(self, me: Any) -> bool:
-        if self._owner is None:
-            self._owner = me
-        elif self._owner is not me:
-            return False
-        self._depth += 1
         return True
 
     @property
@@ -108,15 +105,19 @@ class Turn:
             self._depth -= 1
             if self._depth:
                 return
-        while True:
+            waiter = self._next()
+        while waiter is not None and not waiter.wake():  # the thread it waited in has gone
             with self._lock:
-                if not self._waiting:
-                    self._owner, self._depth = None, 0
-                    return
-                waiter = self._waiting.popleft()
-                self._owner, self._depth = waiter.greenlet, 1
-            if waiter.wake():
-                return  # else the thread it waited in has gone
+                waiter = self._next()
+
+    def _next(self) -> _Waiter | None:
+        """Whose turn it is now; called under the lock."""
+        if not self._waiting:
+            self._owner, self._depth = None, 0
+            return None
+        waiter = self._waiting.popleft()
+        self._owner, self._depth = waiter.greenlet, 1
+        return waiter
 
 
 def take_turn(connection: Any) -> Turn:
@@ -192,7 +193,7 @@ def yielding(method: Callable[[Any], Any]) -> Any:
     def yielding_method(self: Any) -> Any:
         idle = self.status == extensions.STATUS_READY
         result = method(self)
-        if idle and gevent.getcurrent() is not gevent.get_hub():
+        if idle and getcurrent() is not gevent.get_hub():
             gevent.sleep(0)
         return result
 

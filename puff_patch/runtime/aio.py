@@ -326,14 +326,15 @@ def run_coroutine(
     changed: list[contextvars.Context] = []
 
     async def run() -> None:
+        # Before the future is done: the greenlet's thread may go on at once.
         try:
             result = await coroutine
         except BaseException as error:  # noqa: BLE001 - raised again in the greenlet
+            changed.append(contextvars.copy_context())
             future.set_exception(error)
         else:
-            future.set_result(result)
-        finally:
             changed.append(contextvars.copy_context())
+            future.set_result(result)
 
     (contextvars.copy_context() if context is None else context).copy().run(call.start, run())
     waiting = CurrentGreenletExecutor()

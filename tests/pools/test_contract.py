@@ -542,6 +542,19 @@ def test_statistics_have_the_keys_of_psycopg_pool(driver: Driver) -> None:
     assert core.get_stats()["requests_num"] == 1
 
 
+@pytest.mark.parametrize("end", ["checkin", "checkin_broken", "reclaim"])
+def test_a_lease_counts_once_however_it_ends(end: str) -> None:
+    driver = Fake()
+    pool = driver.make(max_size=1)
+    slot = pool.checkout()
+    connection, slot.connection = slot.connection, None
+    slot.leased_at -= 100
+    getattr(pool, end)(*((slot, connection) if end == "checkin" else (slot,)))
+    assert 100_000 <= pool.get_stats()["usage_ms"] < 150_000
+    assert not pool._leased
+    driver.close()
+
+
 def test_statistics_lose_nothing_among_threads() -> None:
     pool = Fake().make(max_size=4)
     threads, rounds, popped = 8, 500, []
@@ -663,6 +676,29 @@ def test_a_return_in_a_thread_that_ends_leaves_no_work_behind(driver: Driver) ->
     assert not failures
     idle(core, 1)
     eventually(lambda: core.get_stats()["pool_size"] == 0, what="it is pruned")
+
+
+def test_a_thread_that_ended_while_its_greenlets_waited_keeps_nothing() -> None:
+    driver = Fake()
+    pool = driver.make(max_size=1, timeout=5)
+    connection = driver.take(pool)
+    ended = []
+
+    def work() -> None:
+        waiter = gevent.spawn(driver.take, pool)
+        while not pool.get_stats()["requests_waiting"]:
+            gevent.sleep(0)
+        ended.append(waiter)
+        gevent.get_hub().destroy(destroy_loop=True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    eventually(lambda: ended and not thread.is_alive())
+    last = gevent.spawn(driver.take, pool)
+    waiting(pool, 2)
+    driver.give(pool, connection)
+    driver.give(pool, last.get(timeout=2))
+    driver.close()
 
 
 @pytest.mark.parametrize("deed", ["give", "take"])

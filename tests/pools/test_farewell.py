@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
+import psycopg
+import psycopg2
 import pytest
 from psycopg2 import _psycopg, extensions
 from support.servers import PostgresProxy
@@ -16,8 +18,14 @@ from support.waiting import eventually
 
 from puff_patch.config import PoolOptions
 from puff_patch.pools.postgres import PostgresPool
+from puff_patch.pools.psycopg import PsycopgPool
 
-pytestmark = pytest.mark.usefixtures("cooperative_psycopg2")
+pytestmark = [
+    pytest.mark.usefixtures("cooperative_psycopg2", "cooperative_psycopg"),
+    pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning"),
+]
+
+AnyPool = PostgresPool | PsycopgPool
 
 TAG = f"puff-farewell-{uuid.uuid4().hex[:8]}"
 
@@ -36,9 +44,9 @@ class LateProxy(PostgresProxy):
             return
 
 
-@pytest.fixture
-def pool(postgres_url: str) -> Iterator[PostgresPool]:
-    made = PostgresPool(
+@pytest.fixture(params=[PostgresPool, PsycopgPool])
+def pool(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[AnyPool]:
+    made: AnyPool = request.param(
         extensions.make_dsn(postgres_url, application_name=TAG), PoolOptions(max_size=1, timeout=10)
     )
     yield made
@@ -53,14 +61,14 @@ def admin(postgres_url: str) -> Iterator[Any]:
     connection.close()
 
 
-def interrupt_a_query(pool: PostgresPool, admin: Any) -> None:
+def interrupt_a_query(pool: AnyPool, admin: Any) -> None:
     connection = pool.lease()
     with gevent.Timeout(0.002, False), connection.cursor() as cursor:
         cursor.execute("SELECT pg_sleep(30)")
     connection.close()
 
 
-def interrupt_a_long_answer(pool: PostgresPool, admin: Any) -> None:
+def interrupt_a_long_answer(pool: AnyPool, admin: Any) -> None:
     """The server is stuck in writing it."""
     connection = pool.lease()
     cursor = connection.cursor()
@@ -70,34 +78,43 @@ def interrupt_a_long_answer(pool: PostgresPool, admin: Any) -> None:
     connection.close()
 
 
-def leave_a_named_cursor(pool: PostgresPool, admin: Any) -> None:
+def leave_a_named_cursor(pool: AnyPool, admin: Any) -> None:
     connection = pool.lease()
     cursor = connection.cursor("open")
     cursor.execute("SELECT 1")
     connection.close()
 
 
-def drop_it(pool: PostgresPool, admin: Any) -> None:
+def drop_it(pool: AnyPool, admin: Any) -> None:
     pool.lease()
 
 
-def hold_the_handle(pool: PostgresPool, admin: Any) -> None:
+def hold_the_handle(pool: AnyPool, admin: Any) -> None:
     connection = pool.lease()
     connection.close()
     pool.lease().close()
 
 
-def interrupt_the_connecting(pool: PostgresPool, admin: Any) -> None:
+def interrupt_the_connecting(pool: AnyPool, admin: Any) -> None:
     pool.drain()
     connecting = gevent.spawn(pool.lease)
     gevent.sleep(0.003)
     connecting.kill()
 
 
-def have_the_server_end_it(pool: PostgresPool, admin: Any) -> None:
+def return_it_in_use(pool: AnyPool, admin: Any) -> None:
+    connection = pool.lease()
+    asking = gevent.spawn(connection.cursor().execute, "SELECT pg_sleep(30)")
+    gevent.sleep(0.002)
+    connection.close()
+    asking.join(5)
+    assert isinstance(asking.exception, (psycopg2.Error, psycopg.Error))
+
+
+def have_the_server_end_it(pool: AnyPool, admin: Any) -> None:
     connection = pool.lease()
     with admin.cursor() as cursor:
-        cursor.execute("SELECT pg_terminate_backend(%s)", [connection.get_backend_pid()])
+        cursor.execute("SELECT pg_terminate_backend(%s)", [connection.info.backend_pid])
     connection.close()
 
 
@@ -110,11 +127,12 @@ def have_the_server_end_it(pool: PostgresPool, admin: Any) -> None:
         drop_it,
         hold_the_handle,
         interrupt_the_connecting,
+        return_it_in_use,
         have_the_server_end_it,
     ],
 )
 def test_a_connection_is_gone_at_the_server_before_another_takes_its_place(
-    pool: PostgresPool, admin: Any, end: Callable[[PostgresPool, Any], None]
+    pool: AnyPool, admin: Any, end: Callable[[AnyPool, Any], None]
 ) -> None:
     seen = set()
     started = time.monotonic()

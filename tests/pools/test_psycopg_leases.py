@@ -14,13 +14,16 @@ from typing import Any
 import gevent
 import psycopg
 import pytest
+from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
+from gevent.monkey import get_original
 from psycopg import pq, rows
 from psycopg.types.json import Json, set_json_loads
 from support.dirt import SQL_DIRT, Deed, assign, execute, in_autocommit, server_state
 from support.waiting import eventually
 
 from puff_patch.config import PoolOptions
+from puff_patch.pools import psycopg as pools_psycopg
 from puff_patch.pools.psycopg import PsycopgPool
 
 pytestmark = [
@@ -443,6 +446,38 @@ def test_a_dropped_lease_comes_back(pool: PsycopgPool) -> None:
             del connection
         assert info.status == pq.ConnStatus.BAD, "its session is left open"
     assert pool.get_stats()["pool_size"] == 0
+
+
+def test_a_busy_lease_that_is_dropped_in_a_plain_thread_gives_it_no_hub(pool: PsycopgPool) -> None:
+    connection = pool.lease()
+    connection.pgconn.send_query(b"SELECT pg_sleep(30)")
+    last = [connection]
+    del connection
+    hubs = []
+
+    def drop() -> None:
+        last.clear()
+        hubs.append(get_hub_if_exists())
+
+    get_original("_thread", "start_new_thread")(drop, ())
+    eventually(lambda: hubs)
+    assert hubs == [None]
+    assert ask(pool.lease(), "SELECT 1") == 1
+
+
+def test_without_threads_a_connection_is_given_up_all_the_same(
+    pool: PsycopgPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pools_psycopg, "_start_thread", refuse)
+    connection = pool.lease()
+    with gevent.Timeout(0.01, False):
+        connection.execute("SELECT pg_sleep(0.2)")
+    connection.close()
+    assert ask(pool.lease(), "SELECT 1") == 1
+    eventually(lambda: not len(pool.farewells))
 
 
 def test_cancel_from_another_greenlet_leaves_the_lease_usable(pool: PsycopgPool) -> None:

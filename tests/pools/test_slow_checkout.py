@@ -116,6 +116,18 @@ def test_a_time_out_names_the_longest_holder_and_a_dead_one(fake: Fake) -> None:
     fake.give(pool, kept)
 
 
+def test_whoever_took_over_the_connection_of_another_pool_is_a_holder(fake: Fake) -> None:
+    pool, other = fake.make(max_size=1, timeout=0.02), fake.make(max_size=1)
+    slot = pool.checkout_from(other)
+    assert slot.is_held_here()
+    with pytest.raises(base.PoolTimeout, match=r"held for 0.* by this very greenlet"):
+        pool.checkout()
+    connection, slot.connection = slot.connection, None
+    pool.checkin(slot, connection)
+    assert not pool._leased
+    assert not other._leased
+
+
 def test_a_lease_keeps_no_greenlet_alive() -> None:
     driver = Fake()
     pool = driver.make(max_size=1)

@@ -53,6 +53,116 @@ def test_forks_amid_queries_share_nothing_and_end_cleanly(program: Program) -> N
     assert told == "3\n"
 
 
+def test_a_child_leaves_idle_connections_and_those_of_closed_pools_alone(program: Program) -> None:
+    """Also what the forking greenlet was the last to use."""
+    told = program("""
+        import gc, os, warnings
+        import psycopg, psycopg2
+        from gevent.monkey import get_original
+        from worker import POSTGRES_URL
+
+        native = get_original("socket", "socket")
+
+        def is_cut_off(descriptor):
+            with native(fileno=os.dup(descriptor)) as sock:
+                sock.setblocking(False)
+                try:
+                    return sock.recv(1) == b""
+                except BlockingIOError:
+                    return False
+
+        idle, leased = [], []
+        for driver in (psycopg2, psycopg):
+            connection = driver.connect(POSTGRES_URL)
+            idle.append(connection.fileno())
+            connection.close()
+            connection = driver.connect(POSTGRES_URL, pool={"max_size": 2})
+            leased.append(connection)
+            connection._puff_lease.pool.close()
+        del connection
+        pid = os.fork()
+        if not pid:
+            warnings.simplefilter("ignore", ResourceWarning)
+            left = [descriptor for descriptor in idle if not is_cut_off(descriptor)]
+            leased.clear()
+            gc.collect()
+            get_original("time", "sleep")(0.3)
+            os._exit(len(left))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        for connection in leased:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            connection.close()
+        print("unharmed")
+    """)
+    assert told == "unharmed\n"
+
+
+def test_a_child_does_not_go_on_with_a_handshake_of_the_parent(program: Program) -> None:
+    told = program("""
+        import os, socket
+        import gevent
+        import psycopg, psycopg2
+
+        server = socket.create_server(("127.0.0.1", 0))
+        dsn = f"host=127.0.0.1 port={server.getsockname()[1]} user=u dbname=d sslmode=disable gssencmode=disable"
+        connecting = [gevent.spawn(driver.connect, dsn) for driver in (psycopg2, psycopg)]
+        peers = [server.accept()[0] for _ in connecting]
+        for peer in peers:
+            assert peer.recv(1000)
+        pid = os.fork()
+        if not pid:
+            gevent.get_hub().exception_stream = None
+            gevent.joinall(connecting, timeout=3)
+            os._exit(sum(not each.ready() for each in connecting))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not any(each.ready() for each in connecting)
+        gevent.killall(connecting)
+        for each in (server, *peers):
+            each.close()
+        print("left alone")
+    """)
+    assert told == "left alone\n"
+
+
+def test_a_child_makes_pools_though_another_thread_was_making_one(program: Program) -> None:
+    told = program("""
+        import os, signal
+        import gevent
+        import psycopg, psycopg2
+        from gevent.monkey import get_original
+        from puff_patch.pools import postgres, redis
+        from puff_patch.pools import psycopg as psycopg3
+        from worker import POSTGRES_URL, REDIS_URL
+
+        def make(**options):
+            for driver in (psycopg2, psycopg):
+                driver.connect(POSTGRES_URL, pool=options).close()
+            redis.shared_client(REDIS_URL, {"max_connections": options["max_size"]}).ping()
+
+        make(max_size=1)
+        held = []
+
+        def hold():
+            for lock in (postgres._registry._lock, psycopg3._registry._lock, redis._clients_lock):
+                lock.acquire()
+            held.append(True)
+            get_original("time", "sleep")(60)
+
+        get_original("_thread", "start_new_thread")(hold, ())
+        while not held:
+            gevent.sleep(0.001)
+        pid = os.fork()
+        if not pid:
+            signal.alarm(5)
+            make(max_size=2)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        print("made")
+    """)
+    assert told == "made\n"
+
+
 def test_native_threads_use_the_pools_beside_greenlets(program: Program) -> None:
     """Threads that no patch has made a greenlet; the last one ends with a lease out."""
     told = program("""

@@ -62,6 +62,17 @@ async def change():
 aio.run_coroutine(change(), context=context)
 assert (variable.get(), context[variable]) == (0, 5)
 
+# What it set is there even if the loop's thread gets no further, for a while, than to say that it is done.
+class Slow(aio.HubFuture):
+    def set_result(self, result):
+        super().set_result(result)
+        native_sleep(0.1)
+quick, aio.HubFuture = aio.HubFuture, Slow
+aio.run_coroutine(change())
+assert variable.get() == 5
+aio.HubFuture = quick
+variable.set(0)
+
 # Errors arrive with where they come from.
 def fail():
     raise LookupError("on purpose")
