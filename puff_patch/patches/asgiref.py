@@ -24,7 +24,7 @@ class AsgirefPatch(Patch):
 
     name = "asgiref"
     modules = ("asgiref.local", "asgiref.sync")
-    requires = ("asgiref", (3, 8))
+    requires = ("asgiref", (3, 12))
 
     def apply(self, module: ModuleType) -> None:
         """Replace what asgiref's classes stand on."""

@@ -26,7 +26,7 @@ class PsycopgPatch(Patch):
 
     name = "psycopg"
     modules = ("psycopg",)
-    requires = ("psycopg", (3, 2))
+    requires = ("psycopg", (3, 2, 4))
 
     def apply(self, module: ModuleType) -> None:
         """Make waits cooperative and replace ``psycopg.connect``."""

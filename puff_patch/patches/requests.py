@@ -18,7 +18,7 @@ class RequestsPatch(Patch):
 
     name = "requests"
     modules = ("requests",)
-    requires = ("requests", (2, 32))
+    requires = ("requests", (2, 32, 2))
 
     def apply(self, module: ModuleType) -> None:
         """Let new sessions start with adapters over shared connections; a caller's own adapters are left alone."""

@@ -174,6 +174,7 @@ def test_signals_reach_a_loop_in_the_main_greenlet() -> None:
             "-uc",
             PATCHED
             + """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs beside itself ignore it
 async def main():
     terminated = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.set)
@@ -205,6 +206,6 @@ except KeyboardInterrupt:
         out, err = process.communicate(timeout=20)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     assert out == "cancelled\ninterrupted\n"
     assert process.returncode == 0, err
