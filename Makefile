@@ -13,7 +13,7 @@ MANAGE = cd sample_django_project && $(SERVICES) $(BIN)/python manage.py
 # Servers of your own, if you name them; else the embedded ones.
 SERVICES = PUFF_EMBEDDED=$(if $(PUFF_DEFAULT_POSTGRES_URL),$(if $(PUFF_DEFAULT_REDIS_URL),0,1),1)
 
-.PHONY: demo test lint pytest format tox soak bench-smoke bench-pools install clean
+.PHONY: demo test lint pytest format tox compat soak bench-smoke bench-pools install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -53,6 +53,11 @@ format: $(INSTALLED)
 tox: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet tox
 	$(BIN)/tox run
+
+# Other projects' own test suites, plain and patched (docs/compatibility.md); make compat SUITES="psycopg2 requests"
+compat: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet tox
+	$(BIN)/tox run -e compat -- $(SUITES)
 
 # What `make test` runs for seconds, for a minute each: pools and restarts under load.
 soak: $(INSTALLED)

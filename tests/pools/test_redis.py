@@ -551,3 +551,25 @@ client.delete(TAG)
 """,
         services,
     )
+
+
+def test_a_mock_in_place_of_the_socket_is_no_other_threads_socket():
+    """redis-py's own tests do that, with as many answers as one connection asks for."""
+    run_python(
+        """
+        import puff_patch
+        puff_patch.patch_all()
+        import redis
+        from unittest import mock
+
+        connection = redis.UnixDomainSocketConnection
+        answers = [{"proto": 3}, b"OK", b"OK", b"PONG", b"PONG"]
+        with mock.patch.object(connection, "_connect", return_value=mock.MagicMock()) as connect, \\
+             mock.patch.object(connection, "can_read", return_value=False), \\
+             mock.patch.object(connection, "send_command"), \\
+             mock.patch.object(connection, "read_response", side_effect=answers):
+            client = redis.Redis(unix_socket_path="/socket")
+            assert client.ping() and client.ping()
+            assert connect.call_count == 1
+        """
+    )
