@@ -9,7 +9,8 @@ ADDR ?= 127.0.0.1:8000
 
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.puff-installed
-MANAGE = cd sample_django_project && $(SERVICES) $(BIN)/python manage.py
+# exec, so that a signal to make (systemd, kill) reaches the server and not the shell around it.
+MANAGE = cd sample_django_project && exec env $(SERVICES) $(BIN)/python manage.py
 # Servers of your own, if you name them; else the embedded ones.
 SERVICES = PUFF_EMBEDDED=$(if $(PUFF_DEFAULT_POSTGRES_URL),$(if $(PUFF_DEFAULT_REDIS_URL),0,1),1)
 

@@ -104,7 +104,7 @@ def check_configuration(**kwargs: Any) -> list[CheckMessage]:
 
 
 def check_pools(**kwargs: Any) -> list[CheckMessage]:
-    """E003, E004, W003, I001: what DATABASES and CACHES say of pools."""
+    """E003, E004, W003: what DATABASES and CACHES say of pools."""
     if check_configuration():
         return []  # said there, and what the options are added to is missing
     found = [message for alias in connections for message in _check_database(alias)]
@@ -146,12 +146,6 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
             id="puff.E003",
         )
         return
-    if options.get("pool") is not False and connection.settings_dict["CONN_MAX_AGE"] != 0:
-        yield Info(
-            f'DATABASES[{alias!r}]["CONN_MAX_AGE"] has no effect: its connections are pooled.',
-            hint='Leave it out. How long a pooled connection may live is OPTIONS["pool"]["max_lifetime"].',
-            id="puff.I001",
-        )
 
 
 def _check_cache_options(alias: str, entry: Mapping[str, Any]) -> Iterator[CheckMessage]:
@@ -207,7 +201,7 @@ def check_servers(**kwargs: Any) -> list[CheckMessage]:
 
 
 def check_deployment(**kwargs: Any) -> list[CheckMessage]:
-    """W006, I002, I003: what is right for development only; DEBUG is Django's own security.W018."""
+    """W006, I001, I002, I003: what matters where requests are served; DEBUG is Django's own security.W018."""
     if check_configuration():
         return []
     found: list[CheckMessage] = []
@@ -232,6 +226,16 @@ def check_deployment(**kwargs: Any) -> list[CheckMessage]:
                 f"{place} names no server, so it is {url}.",
                 hint=f"Set PUFF_DEFAULT_{kind}_URL where this is deployed.",
                 id="puff.I002",
+            )
+        )
+    aged = [alias for alias in connections if connections[alias].settings_dict["CONN_MAX_AGE"] != 0]
+    if aged := [alias for alias in aged if _pool_size(alias)]:
+        found.append(
+            Info(
+                f'{_entries("DATABASES", aged)}["CONN_MAX_AGE"] has no effect on requests that greenlets serve: '
+                "their connections go back to a pool.",
+                hint='Leave it out. How long a pooled connection may live is OPTIONS["pool"]["max_lifetime"].',
+                id="puff.I001",
             )
         )
     sqlite = [alias for alias in connections if connections[alias].vendor == "sqlite"]

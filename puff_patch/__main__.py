@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start PostgreSQL and Redis from wheels first and put their URLs into the environment",
     )
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = parser.add_mutually_exclusive_group()
     target.add_argument("-m", dest="module", metavar="MODULE", help="run a module, as python -m does")
     target.add_argument("script", nargs="?", metavar="SCRIPT", help="the script to run")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
@@ -47,7 +47,10 @@ def main(argv: list[str]) -> None:
     import puff_patch
 
     ours, theirs = _split(argv)
-    options = _parser().parse_args(ours)
+    parser = _parser()
+    options = parser.parse_args(ours)
+    if not (options.module or options.script):
+        parser.error("name a script to run, or a module after -m")
     puff_patch.patch_all()
     if options.embedded:
         from puff_patch import embedded

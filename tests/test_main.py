@@ -102,7 +102,7 @@ def test_a_script_with_clients_needs_no_change(tmp_path: Path, services) -> None
     [
         (["no_such.py"], "no_such.py"),
         (["-m", "no_such_module"], "No module named"),
-        ([], "usage: python -m puff_patch"),
+        ([], "name a script to run, or a module after -m"),
         (["-m"], "usage: python -m puff_patch"),
         (["--no-such-option", "script.py"], "--no-such-option"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -30,9 +31,19 @@ def make(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """What Ctrl-C in a terminal does."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def terminate(process: subprocess.Popen[str]) -> None:
+    """What `kill` and systemd do, to make alone; the server must not stay behind."""
+    process.terminate()
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_demo_serves_the_sample_twice(tmp_path):
-    for _ in range(2):
+    for stop in (interrupt, terminate):
         process = make("demo", "ADDR=127.0.0.1:0", PUFF_DATA_DIR=str(tmp_path / "data"))
         assert process.stdout is not None
         try:
@@ -47,12 +58,12 @@ def test_make_demo_serves_the_sample_twice(tmp_path):
                 page = response.read().decode()
             assert response.status == 200
             assert "<h1" in page
-            os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
-            process.wait(30)
+            stop(process)
+            process.communicate(timeout=30)  # until the server, too, has ended
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
             process.stdout.close()
 
 

@@ -207,7 +207,8 @@ def warn_of_captured(originals: Iterable[tuple[Any, str, Any]], mine: frozenset[
         warnings.warn(
             "puff_patch.patch_all() was called too late: these modules were imported before it and still use "
             f"the blocking originals: {shortened(late)}. Make `import puff_patch; "
-            "puff_patch.patch_all()` the first lines of the program (manage.py, wsgi.py).",
+            "puff_patch.patch_all()` the first lines of the program (manage.py, wsgi.py), and of the __init__.py "
+            "of its package if that imports anything; or start it with `python -m puff_patch`.",
             PatchedTooLateWarning,
             stacklevel=3,
         )

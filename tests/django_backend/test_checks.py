@@ -164,7 +164,6 @@ def test_wrong_options(project: Project) -> None:
             "default": {"ENGINE": OURS, **NOWHERE, "OPTIONS": {"pool": {"maxsize": 5}}},
             "impossible": {"ENGINE": OURS, **NOWHERE, "OPTIONS": {"pool": {"max_size": 0}}},
             "yes": {"ENGINE": OURS, **NOWHERE, "OPTIONS": {"pool": "yes"}},
-            "aged": {"ENGINE": NATIVE, **NOWHERE, "CONN_MAX_AGE": 60},
             "twice": {"ENGINE": "dj_db_conn_pool.backends.postgresql", **NOWHERE},
             "replica": {"ENGINE": OURS},
             "fine": {"ENGINE": OURS, **NOWHERE, "OPTIONS": {"pool": {"max_size": 5}}},
@@ -189,7 +188,6 @@ def test_wrong_options(project: Project) -> None:
             "CACHES['default'][\"OPTIONS\"]: unknown option 'max_conections'; did you mean 'max_connections'?",
         ),
         ("puff.E004", "CACHES['native'][\"OPTIONS\"]: unknown option 'pool'"),
-        ("puff.I001", "DATABASES['aged'][\"CONN_MAX_AGE\"] has no effect"),
         ("puff.W003", "DATABASES['twice'] is pooled twice"),
         ("puff.W005", "CACHES['other'][\"OPTIONS\"][\"service\"] is 'Other', which is not configured"),
         ("puff.W005", "DATABASES['replica'] names no server"),
@@ -276,5 +274,12 @@ def test_deployment(project: Project) -> None:
         "PUFF_DEFAULT_POSTGRES_URL": "postgres://127.0.0.1:1/x",
         "PUFF_DEFAULT_REDIS_URL": "redis://127.0.0.1:1",
     }
+    assert project.check("--deploy", env=urls, **servers) == []
+    servers["DATABASES"]["default"]["CONN_MAX_AGE"] = 60
+    assert project.check(env=urls, **servers) == [], "what it says of requests is of no use to each command"
+    [(id, text)] = project.check("--deploy", env=urls, **servers)
+    assert id == "puff.I001"
+    assert "DATABASES['default'][\"CONN_MAX_AGE\"] has no effect on requests" in text
+    servers["DATABASES"]["default"]["OPTIONS"] = {"pool": False}
     assert project.check("--deploy", env=urls, **servers) == []
     assert ids(project.check("--deploy", env={"PUFF_EMBEDDED": "1"})) == ["puff.I003", "puff.W006"]

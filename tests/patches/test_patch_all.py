@@ -130,6 +130,7 @@ def test_too_late_warns_once_and_names_module_and_attribute(tmp_path: Path) -> N
     assert "eager.doze (was time.sleep)" in messages[0] or "eager.connect (was psycopg2.connect)" in messages[0]
     assert "lazy" not in messages[0]
     assert "puff_patch.patch_all()` the first lines" in messages[0]
+    assert "__init__.py of its package" in messages[0]
 
 
 def test_too_late_is_also_what_was_made_of_an_original(tmp_path: Path) -> None:
