@@ -132,7 +132,9 @@ def make_cooperative(ledger: Ledger) -> None:
         except BaseException:
             # A generator that has not ended did not raise this itself: the greenlet was killed or timed out.
             if gen.gi_frame is not None and not self.closed:
-                _give_up(self)
+                from puff_patch.pools.psycopg import give_up
+
+                give_up(self)
             raise
 
     @functools.wraps(original_cancel)
@@ -147,17 +149,6 @@ def make_cooperative(ledger: Ledger) -> None:
 
     ledger.replace(Connection, "wait", wait_or_stop)
     ledger.replace(Connection, "cancel", cancel)
-
-
-def _give_up(connection: Any) -> None:
-    """Stop what the server does for an interrupted greenlet; its connection cannot be used on."""
-    from psycopg.pq import TransactionStatus
-
-    from puff_patch.pools.psycopg import stop_query
-
-    if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
-        stop_query(connection.pgconn)
-        connection.pgconn.finish()
 
 
 PATCH = PsycopgPatch()

@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any
 
 import psycopg2
-from gevent.monkey import get_original
 from psycopg2 import _psycopg, extensions
 
 from puff_patch.pools import base
@@ -35,7 +34,6 @@ from puff_patch.pools.servers import (
     says_unreachable,
 )
 
-_socket: Callable[..., Any] = get_original("socket", "socket")
 # What psycopg2.connect() calls, which is replaced by a patch.
 _connect: Callable[..., Any] = _psycopg._connect
 # The methods of psycopg2's own class, whatever class an instance has now.

@@ -16,14 +16,14 @@ import gc
 import logging
 import os
 import select
-import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import cache
 from typing import Any
 
 import psycopg
+from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original
 from psycopg import errors, pq
 from psycopg.adapt import AdaptersMap
@@ -31,6 +31,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from puff_patch.pools import base
 from puff_patch.pools.base import Slot
+from puff_patch.pools.farewell import Farewells
 from puff_patch.pools.servers import Cursors, Registry, ServerPool, at_most, is_silent, says_unreachable
 from puff_patch.runtime.mailbox import Mailbox
 
@@ -38,7 +39,6 @@ logger = logging.getLogger("puff_patch.pools")
 
 _start_thread: Callable[..., Any] = get_original("_thread", "start_new_thread")
 _poll: Callable[[], Any] = get_original("select", "poll")
-_socket: Callable[..., Any] = get_original("socket", "socket")
 _RETURNABLE = frozenset({pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR})
 # Seconds that a request to cancel may take.
 _CANCEL_TIMEOUT = 30.0
@@ -79,7 +79,25 @@ class _Lease:
 
 
 class _Bare(psycopg.Connection[Any]):
-    """A connection object that does not mind being dropped: what it held lives on."""
+    """A connection object of a pool's own, which does not mind being dropped: what it held lives on."""
+
+    _puff_farewells: Farewells
+
+    @classmethod
+    def _connect_gen(cls, *args: Any, **kwargs: Any) -> Generator[tuple[int, Any], Any, Any]:
+        """As psycopg's; if it is given up, what the server has of it by then is followed."""
+        connecting = super()._connect_gen(*args, **kwargs)
+        try:
+            yielded = next(connecting)
+            while True:
+                try:
+                    ready = yield yielded
+                except GeneratorExit:
+                    cls._puff_farewells.follow(yielded[0])
+                    raise
+                yielded = connecting.send(ready)
+        except StopIteration as end:
+            return end.value
 
     def __del__(self, *_: Any) -> None:
         """No ResourceWarning."""
@@ -92,6 +110,23 @@ class LeasedConnection(psycopg.Connection[Any]):
     __qualname__ = "Connection"
 
     _puff_lease: _Lease | None = None
+    _puff_farewells: Farewells
+    _puff_left = False
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's; raises if another greenlet has ended the lease: who follows the session reads along."""
+        try:
+            answer = super().wait(*args, **kwargs)
+        except psycopg.Error as error:
+            if self._puff_left:
+                raise self._closed_meanwhile() from error
+            raise
+        if self._puff_left:
+            raise self._closed_meanwhile()
+        return answer
+
+    def _closed_meanwhile(self) -> psycopg.OperationalError:
+        return psycopg.OperationalError("the connection was closed while this waited for an answer")
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's; remembered, for it may refer to the session after the lease has ended."""
@@ -118,8 +153,9 @@ class LeasedConnection(psycopg.Connection[Any]):
             and not self._num_transactions
         )
         if in_use and lease.pool.owns(lease.slot):
-            # Not to be closed under those who wait in it: at the end of the socket they wake with an error.
-            _hang_up(pgconn)
+            # Not to be closed under those who wait in it: when the server has ended it they wake with an error.
+            self._puff_left = True
+            _follow(pgconn, lease.pool.farewells)
             session.pgconn = _closed_pgconn()
         if reusable:
             pgconn.untrace()
@@ -152,6 +188,10 @@ class PsycopgPool(ServerPool[Session]):
     TooManyRequests = TooManyRequests
     PoolClosed = PoolClosed
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bare: Any = type("_Bare", (_Bare,), {"_puff_farewells": self.farewells})
+
     @staticmethod
     def parse(dsn: str) -> Mapping[str, Any]:
         """The parameters of a connection string."""
@@ -183,6 +223,7 @@ class PsycopgPool(ServerPool[Session]):
         session.slot = slot
         connection = LeasedConnection(session.pgconn)
         connection._puff_lease = _Lease(self, slot, session)
+        connection._puff_farewells = self.farewells
         connection._autocommit = bool(autocommit)
         connection.prepare_threshold = prepare_threshold
         if row_factory is not None:
@@ -200,7 +241,7 @@ class PsycopgPool(ServerPool[Session]):
         late = f"timeout expired: no answer in {self.options.timeout:g} s"
         with at_most(seconds, lambda: errors.ConnectionTimeout(self._unreachable(late))):
             try:
-                connection = _Bare.connect(self.dsn)
+                connection = self._bare.connect(self.dsn)
             except psycopg.OperationalError as error:
                 if says_unreachable(str(error)):
                     raise type(error)(self._unreachable(str(error))) from error
@@ -208,7 +249,7 @@ class PsycopgPool(ServerPool[Session]):
             try:
                 self._set_up(connection)
             except BaseException:
-                connection.close()
+                self._close(Session(connection.pgconn))
                 raise
         return Session(connection.pgconn)
 
@@ -218,7 +259,7 @@ class PsycopgPool(ServerPool[Session]):
             connection.execute(self._setup.encode())
 
     def _reset(self, session: Session) -> None:
-        connection = _Bare(session.pgconn)
+        connection = self._bare(session.pgconn)
         seconds = self.options.timeout
         with at_most(seconds, lambda: psycopg.OperationalError(f"no answer in {seconds:g} s")):
             connection.rollback()
@@ -240,10 +281,8 @@ class PsycopgPool(ServerPool[Session]):
         return others <= sum(_references(cursor, session.pgconn) for cursor in session.cursors.alive())
 
     def _close(self, session: Session) -> None:
-        pgconn = session.pgconn
-        if pgconn.status == pq.ConnStatus.OK:
-            self.farewells.follow(pgconn.socket, Cancel(pgconn).send if _is_busy(pgconn) else None)
-        pgconn.finish()
+        _follow(session.pgconn, self.farewells)
+        session.pgconn.finish()
 
     def _fileno(self, session: Session) -> int | None:
         return session.pgconn.socket if session.pgconn.status == pq.ConnStatus.OK else None
@@ -294,7 +333,8 @@ class Cancel:
         self._request: Any = (
             pgconn.cancel_conn() if psycopg.capabilities.has_cancel_safe() else pgconn.get_cancel()
         )
-        self._mailbox = Mailbox.current()
+        # For what a native thread has to say; a finalizer may run in a thread that has no hub.
+        self._mailbox = Mailbox.current() if get_hub_if_exists() else None
         self._is_under_way = False
 
     def send(self) -> None:
@@ -311,7 +351,8 @@ class Cancel:
                 # libpq before 17 has no other; the C implementation keeps the interpreter lock meanwhile.
                 self._request.cancel()
         except psycopg.Error as error:
-            self._mailbox.post(_tell_not_stopped, str(error))
+            if self._mailbox is not None:
+                self._mailbox.post(logger.info, "a query nobody waits for could not be stopped: %s", error)
         finally:
             self._is_under_way = False
 
@@ -336,23 +377,28 @@ def _is_busy(pgconn: pq.abc.PGconn) -> bool:
     return pgconn.transaction_status == pq.TransactionStatus.ACTIVE
 
 
-def stop_query(pgconn: pq.abc.PGconn) -> None:
-    """Ask the server to stop what it does for a connection; does not wait, and does nothing if it is idle."""
-    if _is_busy(pgconn):
-        Cancel(pgconn).send()
+def _follow(pgconn: pq.abc.PGconn, farewells: Farewells) -> None:
+    """Follow a connection that will not be used any more to its end at the server; see `Farewells`."""
+    if pgconn.status == pq.ConnStatus.OK:
+        farewells.follow(pgconn.socket, Cancel(pgconn).send if _is_busy(pgconn) else None)
 
 
-def _tell_not_stopped(reason: str) -> None:
-    logger.info("a query nobody waits for could not be stopped: %s", reason)
+_unpooled = Farewells()
 
 
-def _hang_up(pgconn: pq.abc.PGconn) -> None:
-    """Stop the server's work and end the conversation, but leave the socket to whom waits for it."""
-    if pgconn.status != pq.ConnStatus.OK:
+def give_up(connection: psycopg.Connection[Any]) -> None:
+    """Stop what the server does for an interrupted greenlet, and close its connection, which cannot be used on.
+
+    Args:
+        connection: a pool's or not; left alone if it is idle.
+    """
+    pgconn = connection.pgconn
+    if not _is_busy(pgconn):
         return
-    stop_query(pgconn)
-    with _socket(fileno=os.dup(pgconn.socket)) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
+    lease: _Lease | None = getattr(connection, "_puff_lease", None)
+    if lease is None or lease.pool.owns(lease.slot):
+        _follow(pgconn, getattr(connection, "_puff_farewells", _unpooled))
+    pgconn.finish()
 
 
 _registry = Registry(PsycopgPool)
@@ -367,5 +413,5 @@ __all__ = [
     "PsycopgPool",
     "TooManyRequests",
     "get_pool",
-    "stop_query",
+    "give_up",
 ]

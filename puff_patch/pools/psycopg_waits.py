@@ -42,7 +42,10 @@ def wait_conn(
     gen: Generator[tuple[int, Any], Any, T], interval: float | None = 0.0, timeout: float | None = None
 ) -> T:
     """Stands for ``psycopg.waiting.wait_conn``: as `wait`, but the generator tells which socket it means."""
-    return _drive(gen, _as_yielded, interval, timeout)
+    try:
+        return _drive(gen, _as_yielded, interval, timeout)
+    finally:
+        gen.close()  # what it had begun ends now, and not when somebody lets go of a traceback
 
 
 def _as_yielded(yielded: tuple[int, Any]) -> tuple[int, Any]:
