@@ -1,4 +1,6 @@
-"""Pooled beside unpooled: psycopg2.connect, a row of the Django ORM, cache.get, requests.get. A table of ratios.
+"""Pooled beside unpooled, as a table of ratios.
+
+Measured are connect of psycopg2 and psycopg 3, a row of the Django ORM, cache.get and requests.get.
 
     PUFF_EMBEDDED=1 python benchmarks/pools.py [--seconds 1.5] [--rounds 3] [--cases psycopg2 ...]
 
@@ -40,6 +42,7 @@ from typing import Any
 
 CASES = {
     "psycopg2": ("connect, SELECT 1, close", ("unpooled", "ThreadedConnectionPool", "pooled")),
+    "psycopg": ("psycopg 3: connect, SELECT 1, close", ("unpooled", "pooled")),
     "orm": ("Django: one row by primary key", ("unpooled", "pooled")),
     "cache": ("Django: cache.get", ("unpooled", "pooled")),
     "requests": ("requests.get", ("unpooled", "pooled")),
@@ -81,6 +84,19 @@ def psycopg2_case() -> Callable[[], object]:
                 pool.putconn(connection)
 
     return take
+
+
+def psycopg_case() -> Callable[[], object]:
+    """The same with psycopg 3."""
+    import psycopg
+
+    url = os.environ["PUFF_DEFAULT_POSTGRES_URL"]
+
+    def connect() -> None:
+        with psycopg.connect(url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+
+    return connect
 
 
 def _django() -> None:

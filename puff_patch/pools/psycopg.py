@@ -118,6 +118,22 @@ class LeasedConnection(psycopg.Connection[Any]):
 
     _puff_lease: _Lease | None = None
     _puff_farewells: Farewells
+    _puff_left = False
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's; raises if another greenlet has ended the lease: who follows the session reads along."""
+        try:
+            answer = super().wait(*args, **kwargs)
+        except psycopg.Error as error:
+            if self._puff_left:
+                raise self._closed_meanwhile() from error
+            raise
+        if self._puff_left:
+            raise self._closed_meanwhile()
+        return answer
+
+    def _closed_meanwhile(self) -> psycopg.OperationalError:
+        return psycopg.OperationalError("the connection was closed while this waited for an answer")
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's; remembered, for it may refer to the session after the lease has ended."""
@@ -145,6 +161,7 @@ class LeasedConnection(psycopg.Connection[Any]):
         )
         if in_use and lease.pool.owns(lease.slot):
             # Not to be closed under those who wait in it: when the server has ended it they wake with an error.
+            self._puff_left = True
             _follow(pgconn, lease.pool.farewells)
             session.pgconn = _closed_pgconn()
         if reusable:
@@ -242,7 +259,7 @@ class PsycopgPool(ServerPool[Session]):
             try:
                 self._set_up(connection)
             except BaseException:
-                connection.close()
+                self._close(Session(connection.pgconn))
                 raise
         return Session(connection.pgconn)
 
@@ -380,20 +397,27 @@ def _is_busy(pgconn: pq.abc.PGconn) -> bool:
 
 
 def _follow(pgconn: pq.abc.PGconn, farewells: Farewells) -> None:
-    """Follow a connection that will not be used any more to its end at the server."""
+    """Follow a connection that will not be used any more to its end at the server; see `Farewells`."""
     if pgconn.status == pq.ConnStatus.OK:
         farewells.follow(pgconn.socket, Cancel(pgconn).send if _is_busy(pgconn) else None)
 
 
-def give_up(connection: psycopg.Connection[Any]) -> None:
-    """Stop what the server does for a greenlet that was interrupted; its connection cannot be used on."""
-    pgconn = connection.pgconn
-    if _is_busy(pgconn):
-        _follow(pgconn, getattr(connection, "_puff_farewells", _unpooled))
-        pgconn.finish()
-
-
 _unpooled = Farewells()
+
+
+def give_up(connection: psycopg.Connection[Any]) -> None:
+    """Stop what the server does for an interrupted greenlet, and close its connection, which cannot be used on.
+
+    Args:
+        connection: a pool's or not; left alone if it is idle.
+    """
+    pgconn = connection.pgconn
+    if not _is_busy(pgconn):
+        return
+    lease: _Lease | None = getattr(connection, "_puff_lease", None)
+    if lease is None or lease.pool.owns(lease.slot):
+        _follow(pgconn, getattr(connection, "_puff_farewells", _unpooled))
+    pgconn.finish()
 
 
 _registry = Registry(PsycopgPool)

@@ -6,6 +6,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -13,19 +14,14 @@ import psycopg
 import psycopg2
 import pytest
 from psycopg2 import _psycopg, extensions
+from support.drivers import Sql
 from support.servers import PostgresProxy
 from support.waiting import eventually
 
-from puff_patch.config import PoolOptions
-from puff_patch.pools.postgres import PostgresPool
-from puff_patch.pools.psycopg import PsycopgPool
+from puff_patch.pools.farewell import Farewells
 
-pytestmark = [
-    pytest.mark.usefixtures("cooperative_psycopg2", "cooperative_psycopg"),
-    pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning"),
-]
-
-AnyPool = PostgresPool | PsycopgPool
+# Of psycopg 3, for a lease that is dropped.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
 
 TAG = f"puff-farewell-{uuid.uuid4().hex[:8]}"
 
@@ -44,13 +40,9 @@ class LateProxy(PostgresProxy):
             return
 
 
-@pytest.fixture(params=[PostgresPool, PsycopgPool])
-def pool(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[AnyPool]:
-    made: AnyPool = request.param(
-        extensions.make_dsn(postgres_url, application_name=TAG), PoolOptions(max_size=1, timeout=10)
-    )
-    yield made
-    made.close()
+@pytest.fixture
+def pool(sql: Sql) -> Any:
+    return sql.make_pool(dsn=extensions.make_dsn(sql.url, application_name=TAG), timeout=10)
 
 
 @pytest.fixture
@@ -61,14 +53,14 @@ def admin(postgres_url: str) -> Iterator[Any]:
     connection.close()
 
 
-def interrupt_a_query(pool: AnyPool, admin: Any) -> None:
+def interrupt_a_query(pool: Any, admin: Any) -> None:
     connection = pool.lease()
     with gevent.Timeout(0.002, False), connection.cursor() as cursor:
         cursor.execute("SELECT pg_sleep(30)")
     connection.close()
 
 
-def interrupt_a_long_answer(pool: AnyPool, admin: Any) -> None:
+def interrupt_a_long_answer(pool: Any, admin: Any) -> None:
     """The server is stuck in writing it."""
     connection = pool.lease()
     cursor = connection.cursor()
@@ -78,40 +70,46 @@ def interrupt_a_long_answer(pool: AnyPool, admin: Any) -> None:
     connection.close()
 
 
-def leave_a_named_cursor(pool: AnyPool, admin: Any) -> None:
+def close_under_another_greenlet(pool: Any, admin: Any) -> None:
+    connection = pool.lease()
+    query = "SELECT repeat('x', 1000), pg_sleep(0.0001) FROM generate_series(1, 20000)"
+
+    def ask() -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(query)
+
+    asking = gevent.spawn(ask)
+    gevent.sleep(0.005)
+    connection.close()
+    with pytest.raises((psycopg2.Error, psycopg.Error), match=r"closed|cancel"):
+        asking.get(timeout=5)
+
+
+def leave_a_named_cursor(pool: Any, admin: Any) -> None:
     connection = pool.lease()
     cursor = connection.cursor("open")
     cursor.execute("SELECT 1")
     connection.close()
 
 
-def drop_it(pool: AnyPool, admin: Any) -> None:
+def drop_it(pool: Any, admin: Any) -> None:
     pool.lease()
 
 
-def hold_the_handle(pool: AnyPool, admin: Any) -> None:
+def hold_the_handle(pool: Any, admin: Any) -> None:
     connection = pool.lease()
     connection.close()
     pool.lease().close()
 
 
-def interrupt_the_connecting(pool: AnyPool, admin: Any) -> None:
+def interrupt_the_connecting(pool: Any, admin: Any) -> None:
     pool.drain()
     connecting = gevent.spawn(pool.lease)
     gevent.sleep(0.003)
     connecting.kill()
 
 
-def return_it_in_use(pool: AnyPool, admin: Any) -> None:
-    connection = pool.lease()
-    asking = gevent.spawn(connection.cursor().execute, "SELECT pg_sleep(30)")
-    gevent.sleep(0.002)
-    connection.close()
-    asking.join(5)
-    assert isinstance(asking.exception, (psycopg2.Error, psycopg.Error))
-
-
-def have_the_server_end_it(pool: AnyPool, admin: Any) -> None:
+def have_the_server_end_it(pool: Any, admin: Any) -> None:
     connection = pool.lease()
     with admin.cursor() as cursor:
         cursor.execute("SELECT pg_terminate_backend(%s)", [connection.info.backend_pid])
@@ -123,16 +121,16 @@ def have_the_server_end_it(pool: AnyPool, admin: Any) -> None:
     [
         interrupt_a_query,
         interrupt_a_long_answer,
+        close_under_another_greenlet,
         leave_a_named_cursor,
         drop_it,
         hold_the_handle,
         interrupt_the_connecting,
-        return_it_in_use,
         have_the_server_end_it,
     ],
 )
 def test_a_connection_is_gone_at_the_server_before_another_takes_its_place(
-    pool: AnyPool, admin: Any, end: Callable[[AnyPool, Any], None]
+    pool: Any, admin: Any, end: Callable[[Any, Any], None]
 ) -> None:
     seen = set()
     started = time.monotonic()
@@ -148,9 +146,25 @@ def test_a_connection_is_gone_at_the_server_before_another_takes_its_place(
     assert time.monotonic() - started < 5, "a server that ends at once is not waited for"
 
 
-def test_a_cancel_that_overtakes_its_query_is_sent_again(postgres_url: str, admin: Any) -> None:
-    proxy = LateProxy(postgres_url)
-    pool = PostgresPool(extensions.make_dsn(proxy.dsn, application_name=f"{TAG}-late"), PoolOptions(max_size=1))
+def test_a_connection_is_followed_though_a_greenlet_reads_from_it() -> None:
+    farewells = Farewells()
+    here, there = socket.socketpair()
+    with here, there:
+        here.setblocking(False)  # as those of libpq are
+        farewells.follow(here.fileno())
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            there.send(b"x")
+            with suppress(BlockingIOError):
+                here.recv(100)
+        assert len(farewells) == 1
+        there.close()
+        eventually(lambda: len(farewells) == 0, 2, "the follower sees the end")
+
+
+def test_a_cancel_that_overtakes_its_query_is_sent_again(sql: Sql, admin: Any) -> None:
+    proxy = LateProxy(sql.url)
+    pool = sql.make_pool(dsn=extensions.make_dsn(proxy.dsn, application_name=f"{TAG}-late"))
     try:
         connection = pool.lease()
         with gevent.Timeout(0.01, False), connection.cursor() as cursor:
@@ -170,9 +184,9 @@ def test_a_cancel_that_overtakes_its_query_is_sent_again(postgres_url: str, admi
         proxy.close()
 
 
-def test_a_server_that_does_not_let_go_is_not_waited_for_long(postgres_url: str) -> None:
-    proxy = PostgresProxy(postgres_url)
-    pool = PostgresPool(proxy.dsn, PoolOptions(max_size=1, timeout=10))
+def test_a_server_that_does_not_let_go_is_not_waited_for_long(sql: Sql) -> None:
+    proxy = PostgresProxy(sql.url)
+    pool = sql.make_pool(dsn=proxy.dsn, timeout=10)
     try:
         connection = pool.lease()
         proxy.silent.set()

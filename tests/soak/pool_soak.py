@@ -1,6 +1,6 @@
 """10,000 greenlets over a pool of ten: random use, kills, time-outs, and sessions that the server ends.
 
-    python tests/soak/pool_soak.py psycopg2|redis|requests [--seconds 60] [--greenlets 10000] [--seed N]
+    python tests/soak/pool_soak.py psycopg2|psycopg|redis|requests [--seconds 60] [--greenlets 10000] [--seed N]
 
 No wrong answer, no session state of somebody else, never an eleventh session (seen from another process), and at
 the end every place is back, nothing is at work on the server, and neither memory nor open files have grown. Exits
@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent
+import psycopg
 import psycopg2
 import redis
 import requests
@@ -50,7 +51,9 @@ CLEAN = (True, 0, 0, 0, 0, "read committed", "off")
 
 
 class Psycopg2(Workload):
-    """``psycopg2.connect``.  A driver with the same interface can inherit it."""
+    """``psycopg2.connect``."""
+
+    name = "psycopg2"
 
     expected = (psycopg2.OperationalError, psycopg2.InterfaceError)
     # Cancels come from the pool only, and must not be late.
@@ -74,6 +77,20 @@ class Psycopg2(Workload):
     def connect(self) -> Any:
         """A lease."""
         return psycopg2.connect(self.dsn, pool={"max_size": self.max_size})
+
+    def make_serializable(self, connection: Any, *, read_only: bool) -> None:
+        """Its next transactions."""
+        connection.set_session(isolation_level="SERIALIZABLE", readonly=read_only)
+
+    def block(self, connection: Any) -> Any:
+        """What rolls back at an error."""
+        return connection
+
+    def copy_out(self, cursor: Any, query: str) -> str:
+        """What COPY says of a query."""
+        file = io.StringIO()
+        cursor.copy_expert(f"COPY ({query}) TO stdout", file)
+        return file.getvalue()
 
     def uses(self) -> list[Callable[[random.Random, str], None]]:
         return [
@@ -147,7 +164,7 @@ class Psycopg2(Workload):
             with self.alone(self.enter(connection, token), token):
                 connection.rollback()
                 if rng.random() < 0.5:
-                    connection.set_session(isolation_level="SERIALIZABLE", readonly=rng.random() < 0.5)
+                    self.make_serializable(connection, read_only=rng.random() < 0.5)
                 connection.autocommit = True
                 with connection.cursor() as cursor:
                     cursor.execute("SET soak.mark = 'theirs'")
@@ -181,7 +198,7 @@ class Psycopg2(Workload):
         try:
             with self.alone(self.enter(connection, token), token):
                 try:
-                    with connection, connection.cursor() as cursor:
+                    with self.block(connection), connection.cursor() as cursor:
                         cursor.execute("SELECT 1/0")
                 except self.division_by_zero:
                     self.ask(connection, token)
@@ -215,16 +232,13 @@ class Psycopg2(Workload):
             self.ask(connection, token)
 
     def copy(self, rng: random.Random, token: str) -> None:
-        """Runs in a native thread."""
+        """With psycopg2 it runs in a native thread."""
         count = rng.randrange(1000)
         connection = self.connect()
         try:
             with self.alone(self.enter(connection, token), token), connection.cursor() as cursor:
-                file = io.StringIO()
-                cursor.copy_expert(
-                    f"COPY (SELECT '{token}/' || n FROM generate_series(1, {count}) n) TO stdout", file
-                )
-                is_same(file.getvalue().split(), [f"{token}/{n + 1}" for n in range(count)], "the rows")
+                text = self.copy_out(cursor, f"SELECT '{token}/' || n FROM generate_series(1, {count}) n")
+                is_same(text.split(), [f"{token}/{n + 1}" for n in range(count)], "the rows")
         finally:
             connection.close()
 
@@ -253,7 +267,7 @@ class Psycopg2(Workload):
             )
 
     def observer(self) -> list[str]:
-        return [sys.executable, __file__, "psycopg2", "--observe", self.observer_dsn, self.tag]
+        return [sys.executable, __file__, self.name, "--observe", self.observer_dsn, self.tag]
 
     def at_rest(self) -> str:
         with self.admin.cursor() as cursor:
@@ -283,6 +297,77 @@ class Psycopg2(Workload):
         with self.admin.cursor() as cursor:
             cursor.execute(f'DROP TABLE "{self.tag}"')
         self.admin.close()
+
+
+class Psycopg(Psycopg2):
+    """``psycopg.connect``."""
+
+    name = "psycopg"
+    expected = (psycopg.OperationalError,)
+    forbidden = (psycopg.errors.QueryCanceled,)
+    division_by_zero = psycopg.errors.DivisionByZero
+    interface_error = psycopg.OperationalError
+
+    def connect(self) -> Any:
+        return psycopg.connect(self.dsn, pool={"max_size": self.max_size})
+
+    def uses(self) -> list[Callable[[random.Random, str], None]]:
+        return [*super().uses(), self.pipeline, self.read_a_stream, self.hang_up_on_another]
+
+    def make_serializable(self, connection: Any, *, read_only: bool) -> None:
+        connection.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+        connection.read_only = read_only
+
+    def block(self, connection: Any) -> Any:
+        return connection.transaction()
+
+    def copy_out(self, cursor: Any, query: str) -> str:
+        with cursor.copy(f"COPY ({query}) TO stdout") as copy:
+            return b"".join(copy).decode()
+
+    def pipeline(self, rng: random.Random, token: str) -> None:
+        connection = self.connect()
+        try:
+            with self.alone(self.enter(connection, token), token), connection.pipeline():
+                cursors = [connection.execute("SELECT %s::text", [f"{token}/{n}"]) for n in range(5)]
+                found = [cursor.fetchone()[0] for cursor in cursors[: rng.randrange(6)]]
+                is_same(found, [f"{token}/{n}" for n in range(len(found))], "the rows")
+        finally:
+            connection.close()
+
+    def read_a_stream(self, rng: random.Random, token: str) -> None:
+        """Row by row, and not to its end."""
+        connection = self.connect()
+        try:
+            with self.alone(self.enter(connection, token), token), connection.cursor() as cursor:
+                rows = cursor.stream("SELECT %s::text || '/' || n FROM generate_series(1, 10000) n", [token])
+                for number in range(1, rng.randrange(2, 20)):
+                    is_same(next(rows), (f"{token}/{number}",), "the row")
+                rows.close()
+        finally:
+            connection.close()
+
+    def hang_up_on_another(self, rng: random.Random, token: str) -> None:
+        """Close what another greenlet waits in."""
+        connection = self.connect()
+        try:
+            with self.alone(self.enter(connection, token), token):
+                asking = gevent.spawn(self.expect_the_end, connection, token, rng.randrange(100_000))
+                gevent.sleep(rng.random() * 0.01)
+        finally:
+            connection.close()
+        asking.get(timeout=30)
+
+    def expect_the_end(self, connection: Any, token: str, count: int) -> None:
+        """Ask for rows: all of them are right, or an error tells that the connection was closed."""
+        try:
+            cursor = connection.execute(
+                "SELECT %s::text || '/' || n FROM generate_series(1, %s) n", [token, count]
+            )
+            rows = cursor.fetchall()
+        except psycopg.OperationalError:  # also that its query was cancelled
+            return
+        is_same(rows, [(f"{token}/{n + 1}",) for n in range(count)], "the rows")
 
 
 def observe_postgres(dsn: str, tag: str) -> None:
@@ -577,8 +662,18 @@ def observe_requests(port: str, tag: str) -> None:
     asyncio.run(HttpServer().serve(int(port)))
 
 
-WORKLOADS: dict[str, type[Workload]] = {"psycopg2": Psycopg2, "redis": Redis, "requests": Requests}
-OBSERVERS = {"psycopg2": observe_postgres, "redis": observe_redis, "requests": observe_requests}
+WORKLOADS: dict[str, type[Workload]] = {
+    "psycopg2": Psycopg2,
+    "psycopg": Psycopg,
+    "redis": Redis,
+    "requests": Requests,
+}
+OBSERVERS = {
+    "psycopg2": observe_postgres,
+    "psycopg": observe_postgres,
+    "redis": observe_redis,
+    "requests": observe_requests,
+}
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ def soak(script: str, *arguments: str, seconds: float, env: dict[str, str]) -> N
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("driver", ["psycopg2", "redis", "requests"])
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg", "redis", "requests"])
 def test_a_pool_survives_kills_time_outs_and_ended_sessions(driver: str, services) -> None:
     seconds = SECONDS or 2
     greenlets = 10_000 if SECONDS else 500
