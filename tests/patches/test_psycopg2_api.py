@@ -279,6 +279,8 @@ assert ticker.count > 10
 (stats,) = puff_patch.stats().values()
 assert stats["pool_size"] <= 2 and stats["requests_errors"] == 0, stats
 threads.kill()
+# It only asks them to end, and a native thread amid a switch of greenlets does not survive the interpreter's end.
+gevent.sleep(0.5)
 """,
     )
 
