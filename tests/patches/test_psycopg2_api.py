@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from support.process import run_python
+from support.process import TICKER, run_python
 
-PATCHED = """
+PATCHED = (
+    TICKER
+    + """
 import puff_patch; puff_patch.patch_all()
 import datetime, io, ipaddress, pickle, select, threading, uuid
 import gevent, psycopg2, psycopg2.extras
@@ -21,19 +23,8 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end, "it never came"
         gevent.sleep(0.005)
-class Ticker:
-    '''Counts how often another greenlet gets its turn within the block.'''
-    def __enter__(self):
-        self.count = 0
-        self._greenlet = gevent.spawn(self._run)
-        return self
-    def _run(self):
-        while True:
-            gevent.sleep(0.001)
-            self.count += 1
-    def __exit__(self, *_):
-        self._greenlet.kill()
 """
+)
 
 
 def run(services, code: str, **env: str):

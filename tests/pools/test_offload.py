@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.process import run_python
+from support.process import TICKER, run_python
 
-PRELUDE = """
+PRELUDE = (
+    TICKER
+    + """
 import puff_patch; puff_patch.patch_all()
 import io, json, os, gevent, psycopg2, psycopg2.extras
 from gevent.event import Event
@@ -13,20 +15,8 @@ from psycopg2 import extensions, sql
 
 def connect(**kwargs):
     return psycopg2.connect(os.environ["PUFF_DEFAULT_POSTGRES_URL"], pool=POOL, **kwargs)
-
-class Ticker:
-    '''Counts how often another greenlet gets its turn within the block.'''
-    def __enter__(self):
-        self.count = 0
-        self._greenlet = gevent.spawn(self._run)
-        return self
-    def _run(self):
-        while True:
-            gevent.sleep(0.001)
-            self.count += 1
-    def __exit__(self, *_):
-        self._greenlet.kill()
 """
+)
 
 
 def run(services, code, pool=True):

@@ -18,6 +18,22 @@ def report(value):
     sys.stdout.flush()
 """
 
+#: Code for `run_python`, to show that others get their turn within a block.
+TICKER = """\
+class Ticker:
+    '''Counts how often another greenlet gets its turn within the block.'''
+    def __enter__(self):
+        self.count = 0
+        self._greenlet = gevent.spawn(self._run)
+        return self
+    def _run(self):
+        while True:
+            gevent.sleep(0.001)
+            self.count += 1
+    def __exit__(self, *_):
+        self._greenlet.kill()
+"""
+
 
 def run(
     argv: Sequence[str],
