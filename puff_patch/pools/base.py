@@ -285,7 +285,7 @@ class Pool(Generic[C]):
 
     def checkin_broken(self, slot: Slot[C]) -> None:
         """Return a slot whose connection has ended by itself; the program may still look at it."""
-        if slot.generation == self._generation:
+        if self.owns(slot):
             self._counters["returns_bad"] += 1
             self.reclaim(slot)
 
@@ -299,7 +299,7 @@ class Pool(Generic[C]):
         Safe in a finalizer: never switches.
         """
         slot.connection = None
-        if slot.generation == self._generation:
+        if self.owns(slot):
             self._end_lease(slot, time.monotonic())
         self._give_back(slot)
 
