@@ -27,6 +27,7 @@ from gevent.hub import Waiter
 
 from puff_patch.runtime import Mailbox
 from puff_patch.server.connections import is_connected, reset_all
+from puff_patch.server.filters import Encoder, Filters
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError
 
@@ -80,6 +81,7 @@ class Front:
         http: ``"1"``, ``"2"`` or ``"auto"``.
         max_connections: connections open at a time; further ones are not accepted until one closes.
         client_timeout: seconds that a client may leave a request waiting for it.
+        filters: what every response goes through.
 
     Raises:
         ServerError: Granian is missing or of an untested version.
@@ -93,6 +95,7 @@ class Front:
         http: str = "auto",
         max_connections: int = 16384,
         client_timeout: float = 60.0,
+        filters: Filters | None = None,
     ) -> None:
         version = check_version()
         try:
@@ -109,6 +112,7 @@ class Front:
         self._end: int | str = listener.path or listener.address[1]
         self._on_request = on_request
         self._client_timeout = client_timeout
+        self._filters = filters
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
 
@@ -170,7 +174,7 @@ class Front:
         return reset_all(self._end)
 
     def _accept(self, watcher: Any) -> None:
-        self._on_request(Exchange(watcher, self._client_timeout))
+        self._on_request(Exchange(watcher, self._client_timeout, self._filters))
 
 
 class _Loop:
@@ -198,10 +202,12 @@ class Exchange:
         scope: the ASGI connection scope.
     """
 
-    __slots__ = ("_inbound", "_proto", "_timeout", "_unwaited", "_watcher", "scope")
+    __slots__ = ("_encoder", "_filters", "_inbound", "_proto", "_timeout", "_unwaited", "_watcher", "scope")
 
-    def __init__(self, watcher: Any, timeout: float) -> None:
+    def __init__(self, watcher: Any, timeout: float, filters: Filters | None = None) -> None:
         self._watcher = watcher
+        self._filters = filters
+        self._encoder: Encoder | None = None
         self._proto = watcher.proto
         self._timeout = timeout
         self._inbound: _Inbound | None = None
@@ -221,6 +227,8 @@ class Exchange:
         """
         send = self._proto.send
         self._start(status, headers)
+        if self._encoder is not None:
+            body = self._encoder.feed(body) + self._encoder.finish()
         send({"type": "http.response.body", "body": body, "more_body": False})
 
     def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -243,6 +251,10 @@ class Exchange:
         inbound = self.inbound
         if inbound.client_gone:
             raise ClientDisconnected("the client closed the connection")
+        if self._encoder is not None:
+            data = self._encoder.feed(data)
+            if not data:
+                return
         pending = next(self._proto.send({"type": "http.response.body", "body": data, "more_body": True}), None)
         if pending is not None:
             self._unwaited = 0
@@ -258,7 +270,8 @@ class Exchange:
 
     def end(self) -> None:
         """End the body begun with :meth:`start`."""
-        self._proto.send({"type": "http.response.body", "body": b"", "more_body": False})
+        last = b"" if self._encoder is None else self._encoder.finish()
+        self._proto.send({"type": "http.response.body", "body": last, "more_body": False})
         self.inbound.unwatch()
 
     def receive(self) -> bytes:
@@ -316,6 +329,8 @@ class Exchange:
         return inbound
 
     def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        if self._filters is not None:
+            self._encoder = self._filters.head(self.scope, status, headers)
         try:
             self._proto.send({"type": "http.response.start", "status": status, "headers": headers})
         except RuntimeError as exc:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from puff_patch.server.filters import Filter
+
 
 class ServerError(RuntimeError):
     """The server cannot start; the message says why and what to do."""
@@ -28,6 +30,7 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
+        filters: what every request and response goes through, see `puff_patch.server.filters`.
         on_stop: called in order after the last request, also after a forced stop; to close pools, for one.
     """
 
@@ -42,6 +45,7 @@ class ServerOptions:
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
+    filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
 
     def __post_init__(self) -> None:

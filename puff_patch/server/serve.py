@@ -16,7 +16,9 @@ from gevent.event import Event
 from puff_patch.runtime import Mailbox, WarmPool
 from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
-from puff_patch.server.front import Exchange, Front
+from puff_patch.server.apps import Applications
+from puff_patch.server.filters import Filters, Responder
+from puff_patch.server.front import ClientDisconnected, Exchange, Front
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.wsgi import WSGIHandler
@@ -38,8 +40,8 @@ _LAST_SECONDS = 2.0
 _SPARE_FILES = 256
 
 
-def serve(app: WSGIApplication, options: ServerOptions | None = None) -> int:
-    """Serve a WSGI application until SIGTERM or SIGINT, in the calling process and its main thread.
+def serve(app: WSGIApplication | Applications, options: ServerOptions | None = None) -> int:
+    """Serve an application until SIGTERM or SIGINT, in the calling process and its main thread.
 
     Requests run on warm greenlets of the calling thread's hub. At the signal new clients are turned away,
     requests that have been accepted are answered, up to ``graceful_timeout``, then ``options.on_stop`` runs.
@@ -49,7 +51,7 @@ def serve(app: WSGIApplication, options: ServerOptions | None = None) -> int:
     logged, see ``puff_patch.watch_hub``.
 
     Args:
-        app: the application; it should be cooperative, see ``puff_patch.patch_all``.
+        app: a WSGI application, or several of any kind; they should be cooperative, see ``puff_patch.patch_all``.
         options: see :class:`ServerOptions`; None for the defaults.
 
     Returns:
@@ -64,23 +66,29 @@ def serve(app: WSGIApplication, options: ServerOptions | None = None) -> int:
         raise ServerError("serve() must be called in the main thread: only there can signals stop it")
     listener = Listener(options)
     try:
-        return _Server(app, options, listener).run()
+        apps = app if isinstance(app, Applications) else Applications(wsgi=app)
+        return _Server(apps, options, listener).run()
     finally:
         listener.close()
 
 
 class _Server:
-    def __init__(self, app: WSGIApplication, options: ServerOptions, listener: Listener) -> None:
+    def __init__(self, apps: Applications, options: ServerOptions, listener: Listener) -> None:
+        if apps.wsgi is None or apps.asgi is not None or apps.websockets:
+            raise ServerError("only a WSGI application can be served for now")
+        filters = [*options.filters]
+        self._filters = Filters(filters) if filters else None
         self._options = options
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
-        self._handler = WSGIHandler(app, listener.address, access_log=options.access_log)
+        self._handler = WSGIHandler(apps.wsgi, listener.address, access_log=options.access_log)
         self._front = Front(
             listener,
             self._on_request,
             http=options.http,
             max_connections=_affordable(options.max_connections),
             client_timeout=options.client_timeout,
+            filters=self._filters,
         )
         self._signals = 0
         self._signalled = Event()
@@ -105,7 +113,23 @@ class _Server:
         return code
 
     def _on_request(self, exchange: Exchange) -> None:
+        if self._filters is not None:
+            responder = self._filters.begin(exchange.scope)
+            if responder is not None:
+                self._pool.submit(self._answer, responder, exchange)
+                return
         self._pool.submit(self._handler, exchange)
+
+    def _answer(self, responder: Responder, exchange: Exchange) -> None:
+        try:
+            responder(exchange)
+        except ClientDisconnected:
+            exchange.abort()
+        except BaseException:
+            exchange.abort()
+            raise
+        finally:
+            exchange.release()
 
     def _on_signal(self) -> None:
         self._signals += 1

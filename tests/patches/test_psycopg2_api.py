@@ -272,7 +272,7 @@ assert ticker.count > 10
 (stats,) = puff_patch.stats().values()
 assert stats["pool_size"] <= 2 and stats["requests_errors"] == 0, stats
 threads.kill()
-# That returns before they have destroyed their hubs, and a native thread that the end of the interpreter meets in a
+# That returns before they have destroyed their hubs, and a native thread that the interpreter's end meets in a
 # hub crashes it: gevent alone does so too (2 of 150 runs of a ThreadPool whose tasks sleep).
 while len(os.listdir("/proc/self/task")) > native_threads:
     gevent.sleep(0.001)
