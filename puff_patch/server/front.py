@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -72,6 +73,15 @@ def check_version() -> str:
     return version
 
 
+def _forbid_backtraces() -> None:
+    """Have Rust's errors be made without a backtrace, whatever ``RUST_BACKTRACE`` asks for.
+
+    For one Rust walks down the C stack, and where a greenlet's part of that ends there is no way further: the
+    process crashes.  Rust looks at this once, at the first error.
+    """
+    os.environ["RUST_LIB_BACKTRACE"] = "0"
+
+
 class Front:
     """Granian serving HTTP on a listener, in threads of its own, for the hub of the calling thread.
 
@@ -98,6 +108,7 @@ class Front:
         filters: Filters | None = None,
     ) -> None:
         version = check_version()
+        _forbid_backtraces()
         try:
             granian: Any = importlib.import_module("granian._granian")
             settings: Any = importlib.import_module("granian.http")
