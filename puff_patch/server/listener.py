@@ -36,7 +36,7 @@ class Listener:
         backlog: as asked for in the options.
 
     Args:
-        options: ``host``, ``port``, ``uds``, ``backlog`` and ``reuse_port`` are read.
+        options: ``host``, ``port``, ``uds``, ``backlog``, ``reuse_port`` and ``ssl_certfile`` are read.
 
     Raises:
         ServerError: the address is in use, not allowed or not of this machine; the message names it.
@@ -45,6 +45,7 @@ class Listener:
     def __init__(self, options: ServerOptions) -> None:
         self.path = options.uds
         self.backlog = options.backlog
+        self._scheme = "http" if options.ssl_certfile is None else "https"
         self._socket = _open_tcp(options) if options.uds is None else _open_unix(options.uds, options.backlog)
         self._inode = None if options.uds is None else _inode(options.uds)
 
@@ -62,7 +63,7 @@ class Listener:
         if self.path is not None:
             return f"unix:{self.path}"
         host, port = self.address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
 
     def dup_fd(self) -> int:
         """Return a duplicate of the socket's file descriptor; closing it is up to the caller."""
