@@ -387,6 +387,8 @@ def application(environ: Environ, start: Start) -> Iterable[bytes]:
         # The validator holds that CONTENT_LENGTH is there, or the body must not be read.
         environ.setdefault("CONTENT_LENGTH", "0")
         return checked(environ, start)
+    if environ["PATH_INFO"].startswith("/validated/"):
+        return validator(ROUTES[environ["PATH_INFO"].removeprefix("/validated")])(environ, start)
     if environ["PATH_INFO"].startswith("/show_path"):
         return show(start, environ["PATH_INFO"])
     app = ROUTES.get(environ["PATH_INFO"])
