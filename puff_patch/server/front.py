@@ -55,7 +55,7 @@ class ClientDisconnected(ConnectionError):
     """The client closed the connection before the request or its response was complete."""
 
 
-class ClientTooSlow(ClientDisconnected):
+class _ClientTooSlow(ClientDisconnected):
     """The client sent nothing for too long."""
 
 
@@ -385,9 +385,9 @@ class Exchange:
             )
         try:
             part = self.inbound.receive()
-        except ClientTooSlow:
+        except _ClientTooSlow as exc:
             self._refuse(408, b"Request Timeout\n")
-            raise
+            raise ClientDisconnected(str(exc)) from None
         except ClientDisconnected:
             # Or its body is malformed, which looks the same from here; then this is what it gets to see.
             self._refuse(400, b"Bad Request\n")
@@ -513,7 +513,7 @@ class _Inbound:
             if self._pending is not None:
                 self._waiter = Waiter()
                 try:
-                    limit = ClientTooSlow(f"the client sent nothing for {self._timeout:g} seconds")
+                    limit = _ClientTooSlow(f"the client sent nothing for {self._timeout:g} seconds")
                     with gevent.Timeout(self._timeout, limit):
                         self._waiter.get()
                 finally:

@@ -202,8 +202,8 @@ def test_body_that_stalls_is_answered(start_server: StartServer) -> None:
         assert status_of(answer) == 408
         assert b"connection: close" in answer
     assert server.json("/show_seen")["events"] == [
-        "read raised ClientTooSlow",
-        "swallowed ClientTooSlow",
+        "read raised ClientDisconnected",
+        "swallowed ClientDisconnected",
     ]
 
 
