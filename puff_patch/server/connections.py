@@ -97,10 +97,10 @@ class IdleCutter:
     Args:
         port: where they were accepted.
         seconds: how long is too long.
-        in_use: tells of a peer's host and port whether its connection is needed all the same.
+        in_use: returns the peers' host and port of connections that are needed all the same.
     """
 
-    def __init__(self, port: int, seconds: float, in_use: Callable[[tuple[str, int]], bool]) -> None:
+    def __init__(self, port: int, seconds: float, in_use: Callable[[], set[tuple[str, int]]]) -> None:
         self._port = port
         self._milliseconds = seconds * 1000
         self._in_use = in_use
@@ -110,16 +110,22 @@ class IdleCutter:
         """Look at every connection once.
 
         Args:
-            pause: called every hundred files or so, for there can be many.
+            pause: called every hundred files or so, for there can be many; only then do requests begin and end.
         """
         asked, self._asked = self._asked, set()
+        in_use: set[tuple[str, int]] | None = None
         for count, fd in enumerate(_duplicates(), 1):
             if count % 100 == 0:
                 pause()
+                in_use = None
             peer, own = _end(fd, "getpeername"), _end(fd, "getsockname")
             if not isinstance(peer, tuple) or not isinstance(own, tuple) or own[1] != self._port:
                 continue
-            if _idle_milliseconds(fd) < self._milliseconds or self._in_use(peer):
+            if _idle_milliseconds(fd) < self._milliseconds:
+                continue
+            if in_use is None:
+                in_use = self._in_use()
+            if peer in in_use:
                 continue
             if peer in asked:
                 # It holds on to a response that it does not take.

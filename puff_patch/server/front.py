@@ -26,6 +26,7 @@ from gevent.event import Event
 from gevent.hub import Waiter
 
 from puff_patch.runtime import Mailbox
+from puff_patch.server.admission import refusal
 from puff_patch.server.connections import IdleCutter, is_connected, peer_of, reset_all
 from puff_patch.server.filters import Encoder, Filters
 from puff_patch.server.listener import Listener
@@ -102,7 +103,8 @@ class Front:
         filters: what every response goes through.
 
     Attributes:
-        active: the requests that are not over.
+        active: the clients' host and port of what is not over, requests and whatever else has a connection in use,
+            each under a key of its own; connections of others are closed when they are idle.
 
     Raises:
         ServerError: Granian is missing or of an untested version.
@@ -142,7 +144,7 @@ class Front:
         self._max_body_size = max_body_size
         self._filters = filters
         self._idle_cutter: gevent.Greenlet[..., None] | None = None
-        self.active: set[Exchange] = set()
+        self.active: dict[int, tuple[str, str]] = {}
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
 
@@ -216,9 +218,7 @@ class Front:
         return reset_all(self._end)
 
     def _accept(self, watcher: Any) -> None:
-        exchange = Exchange(watcher, self._client_timeout, self._filters, self._max_body_size, self.active)
-        self.active.add(exchange)
-        self._on_request(exchange)
+        self._on_request(Exchange(watcher, self._client_timeout, self._filters, self.active, self._max_body_size))
 
     def _cut_idle(self, port: int) -> None:
         """Close idle connections, again and again.
@@ -227,10 +227,9 @@ class Front:
         never gives up on a client that takes nothing of a response that is whole already.
         """
 
-        def in_use(peer: tuple[str, int]) -> bool:
-            # A copy: requests end in other threads, too.
-            clients = {exchange.scope["client"] for exchange in self.active.copy()}
-            return any(peer_of(client) == peer for client in clients if client[0])
+        def in_use() -> set[tuple[str, int]]:
+            # In one step, for they come and go in other threads, too.
+            return {peer_of(client) for client in list(self.active.values())}
 
         cutter = IdleCutter(port, self._idle_timeout, in_use)
         while True:
@@ -271,6 +270,8 @@ class Exchange:
         "_encoder",
         "_filters",
         "_inbound",
+        "_key",
+        "_peer",
         "_proto",
         "_started",
         "_timeout",
@@ -284,9 +285,9 @@ class Exchange:
         self,
         watcher: Any,
         timeout: float,
-        filters: Filters | None = None,
+        filters: Filters | None,
+        active: dict[int, tuple[str, str]],
         max_body_size: int | None = None,
-        active: set[Exchange] | None = None,
     ) -> None:
         self._watcher = watcher
         self._filters = filters
@@ -296,10 +297,15 @@ class Exchange:
         self._inbound: _Inbound | None = None
         self._unwaited = 0
         self._body_left = max_body_size
-        self._active = active
         self._started = False
         self.refused = 0
         self.scope: dict[str, Any] = watcher.scope
+        # The scope is everybody's to change.
+        self._peer: tuple[str, str] = self.scope["client"]
+        # The same for every exchange made of one request, and no other's until this one is over.
+        self._key = id(watcher)
+        self._active = active
+        active[self._key] = self._peer
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole response. Never waits.
@@ -384,18 +390,25 @@ class Exchange:
                 f"the request was answered with {self.refused}: its body cannot be read any more"
             )
         try:
-            part = self.inbound.receive()
+            return self.count(self.inbound.receive())
         except _ClientTooSlow as exc:
-            self._refuse(408, b"Request Timeout\n")
+            self._refuse(408)
             raise ClientDisconnected(str(exc)) from None
         except ClientDisconnected:
             # Or its body is malformed, which looks the same from here; then this is what it gets to see.
-            self._refuse(400, b"Bad Request\n")
+            self._refuse(400)
             raise
+
+    def count(self, part: bytes) -> bytes:
+        """Return a part of the request body that was received.
+
+        Raises:
+            BodyTooLarge: with it the body is larger than the server takes; see `receive`.
+        """
         if self._body_left is not None:
             self._body_left -= len(part)
             if self._body_left < 0:
-                self._refuse(413, b"Content Too Large\n")
+                self._refuse(413)
                 raise BodyTooLarge("the request body is larger than max_body_size")
         return part
 
@@ -431,8 +444,11 @@ class Exchange:
         if self._inbound is not None:
             self._inbound.release()
         self._proto = self._watcher = None
-        if self._active is not None:
-            self._active.discard(self)
+        self.forget()
+
+    def forget(self) -> None:
+        """Count no more as a request that is not over."""
+        self._active.pop(self._key, None)
 
     def abort(self) -> None:
         """Give up: a 500 if nothing was sent, else a cut that no client can take for a whole response.
@@ -441,9 +457,9 @@ class Exchange:
         """
         if self.refused:
             return
-        if self.scope["http_version"] == "1" and self.scope["client"][0]:
+        if self.scope["http_version"] == "1" and self._peer[0]:
             # Of HTTP/1.0 (nginx speaks it to its upstreams), where a body may just end with the connection.
-            is_connected(self.scope["client"], reset=True)
+            is_connected(self._peer, reset=True)
         self.inbound.unwatch()
         self._watcher.done()
 
@@ -452,15 +468,15 @@ class Exchange:
         """The receiving side, made when first needed: most requests have no body."""
         inbound = self._inbound
         if inbound is None:
-            inbound = self._inbound = _Inbound(self._proto, self.scope["client"], self._timeout)
+            inbound = self._inbound = _Inbound(self._proto, self._peer, self._timeout)
         return inbound
 
-    def _refuse(self, status: int, body: bytes) -> None:
+    def _refuse(self, status: int) -> None:
         """Answer for the application, or cut its response if that has begun."""
         if self._started:
             self.abort()
         else:
-            self.respond(*refusal(status, body, close=self.scope["http_version"] != "2"))
+            self.respond(*refusal(self.scope, status))
         self.refused = status
 
     def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -579,23 +595,6 @@ class _Inbound:
             self._parts_size += len(message["body"])
         if not message["more_body"]:
             self._ended = True
-
-
-def refusal(
-    status: int, body: bytes, *more: tuple[bytes, bytes], close: bool
-) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Return the arguments of :meth:`Exchange.respond` for an answer of the server's own.
-
-    Args:
-        status: the status code.
-        body: a line of text.
-        more: further headers.
-        close: ask the client to close its connection (HTTP/1).
-    """
-    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body)), *more]
-    if close:
-        headers.append((b"connection", b"close"))
-    return status, headers, body
 
 
 def _tls_arguments(tls: TLS | None) -> tuple[Any, ...]:

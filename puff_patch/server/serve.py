@@ -17,9 +17,10 @@ from gevent.event import Event
 from puff_patch.runtime import Mailbox, WarmPool
 from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
+from puff_patch.server.admission import Admission, Refusal
 from puff_patch.server.apps import Applications
-from puff_patch.server.filters import Filters, Responder, Scope
-from puff_patch.server.front import ClientDisconnected, Exchange, Front, refusal
+from puff_patch.server.filters import Filters, Responder
+from puff_patch.server.front import ClientDisconnected, Exchange, Front
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.tls import TLS, check_tls
@@ -84,7 +85,6 @@ class _Server:
         self._options = options
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
-        self._most_active = options.max_greenlets + options.max_queued
         self._handler = WSGIHandler(apps.wsgi, listener.address, access_log=options.access_log)
         self._front = Front(
             listener,
@@ -99,6 +99,7 @@ class _Server:
             tls=tls,
             filters=self._filters,
         )
+        self._admission = Admission(options, self._front.active)
         self._signals = 0
         self._signalled = Event()
         self._forced = Event()
@@ -122,13 +123,9 @@ class _Server:
         return code
 
     def _on_request(self, exchange: Exchange) -> None:
-        # In the hub, of every request: whatever interface its application has, and before it costs anything.
-        if len(self._front.active) > self._most_active:
-            self._refuse(exchange, 503, b"Service Unavailable\n", (b"retry-after", b"1"))
-            return
-        answer = _own_answer(exchange.scope, self._options.max_body_size)
-        if answer is not None:
-            self._refuse(exchange, *answer)
+        refused = self._admission.check(exchange.scope)
+        if refused is not None:
+            self._refuse(exchange, refused)
             return
         if self._filters is not None:
             responder = self._filters.begin(exchange.scope)
@@ -137,12 +134,14 @@ class _Server:
                 return
         self._pool.submit(self._handler, exchange)
 
-    def _refuse(self, exchange: Exchange, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
+    def _refuse(self, exchange: Exchange, refused: Refusal) -> None:
         """Answer a request at once that is not let in; from then on it does not count."""
         began = time.perf_counter()
-        close = status in (400, 413) or self._handler.closing
-        exchange.respond(*refusal(status, body, *more, close=close and exchange.scope["http_version"] != "2"))
-        self._front.active.discard(exchange)
+        status, headers, body = refused
+        if self._handler.closing and exchange.scope["http_version"] != "2":
+            headers.append((b"connection", b"close"))
+        exchange.respond(status, headers, body)
+        exchange.forget()
         if self._options.access_log:
             access_log.log_request(exchange.scope, status, len(body), began)
         if exchange.is_client_sending:
@@ -209,26 +208,6 @@ class _Server:
         if not self._front.wait_stopped(_LAST_SECONDS / 2):
             logger.warning("The front's threads did not end in time")
         return 1
-
-
-def _own_answer(scope: Scope, max_body_size: int | None) -> tuple[int, bytes] | None:
-    """Return status and body of the answer to a request that no application should see, None for all others."""
-    if not scope["raw_path"].startswith(b"/"):
-        if scope["method"] == "CONNECT":
-            return 405, b"Method Not Allowed\n"
-        # "OPTIONS *" is about the server as a whole: a ping (RFC 9110, 9.3.7).
-        return (200, b"") if scope["method"] == "OPTIONS" else (400, b"Bad Request\n")
-    hosts = 0
-    for name, value in scope["headers"]:
-        if name == b"host":
-            hosts += 1
-            # Whoever stands before us might have gone by the other one (RFC 9112, 3.2). The front makes up an
-            # empty one where there is none, which only HTTP/1.0 may leave out.
-            if hosts > 1 or (not value and scope["http_version"] == "1.1"):
-                return 400, b"Bad Request\n"
-        elif name == b"content-length" and max_body_size is not None and int(value) > max_body_size:
-            return 413, b"Content Too Large\n"
-    return None
 
 
 def _discard(exchange: Exchange) -> None:
