@@ -12,8 +12,10 @@ contract. Message formats: https://asgi.readthedocs.io/en/latest/specs/www.html
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from puff_patch.runtime import Mailbox
 from puff_patch.server.admission import refusal
 from puff_patch.server.connections import IdleCutter, is_connected, peer_of, reset_all
 from puff_patch.server.filters import Encoder, Filters
-from puff_patch.server.listener import Listener
+from puff_patch.server.listener import Listener, open_nowhere
 from puff_patch.server.options import ServerError
 from puff_patch.server.tls import TLS
 
@@ -48,6 +50,9 @@ _DISCARD_BYTES = 32 * 1024 * 1024
 _DISCARD_SECONDS = 5.0
 
 
+# How often one looks whether there are files left, and how many must be.
+_FILES_SECONDS = 0.5
+_SPARE_FILES = 16
 # How much longer than its time-out an idle connection may last, as a share of it.
 _IDLE_SLACK = 0.25
 
@@ -132,7 +137,15 @@ class Front:
             self._signal = granian.WorkerSignal()
             scheduler_type, worker_type = granian.CallbackScheduler, granian.ASGIWorker
             holder_type = granian.SocketHolder
-        except (ImportError, AttributeError) as exc:
+            http1 = settings.HTTP1Settings(
+                # Counted from the end of the last response.
+                header_read_timeout=max(1, int(idle_timeout * 1000)),
+                max_buffer_size=max_head_size,
+            )
+            http2 = settings.HTTP2Settings(
+                max_concurrent_streams=http2_max_concurrent_streams, max_headers_size=max_head_size
+            )
+        except (ImportError, AttributeError, TypeError) as exc:
             raise ServerError(f"Granian {version} is installed, but its seam is not as tested: {exc}") from exc
 
         self._mailbox = mailbox = Mailbox.current()
@@ -143,7 +156,10 @@ class Front:
         self._idle_timeout = idle_timeout
         self._max_body_size = max_body_size
         self._filters = filters
-        self._idle_cutter: gevent.Greenlet[..., None] | None = None
+        self._listener = listener
+        self._listening = listener.dup_fd()
+        self._has_tls = tls is not None
+        self._keepers: list[gevent.Greenlet[..., None]] = []
         self.active: dict[int, tuple[str, str]] = {}
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
@@ -155,20 +171,12 @@ class Front:
             # In a thread of Granian's, which ignores what this returns and cannot take an exception.
             post(accept, watcher)
 
-        http1 = settings.HTTP1Settings(
-            # Counted from the end of the last response.
-            header_read_timeout=max(1, int(idle_timeout * 1000)),
-            max_buffer_size=max_head_size,
-        )
-        http2 = settings.HTTP2Settings(
-            max_concurrent_streams=http2_max_concurrent_streams, max_headers_size=max_head_size
-        )
         # The arguments after the loop serve asyncio tasks, which there are none of.
         self._scheduler = scheduler_type(self._loop, None, None, None, None)
         self._scheduler._schedule_fn = schedule
         self._worker = worker_type(
             1,  # worker_id
-            (None, holder_type(listener.dup_fd(), listener.path is not None, listener.backlog)),
+            (None, holder_type(self._listening, listener.path is not None, listener.backlog)),
             None,  # ipc
             1,  # threads
             512,  # blocking_threads
@@ -190,13 +198,15 @@ class Front:
         _redirect_log(self._mailbox)
         self._serve(self._scheduler, self._loop, self._signal)
         if isinstance(self._end, int):
-            self._idle_cutter = gevent.spawn(self._cut_idle, self._end)
+            self._keepers.append(gevent.spawn(self._cut_idle, self._end))
+        if self._has_tls:
+            self._keepers.append(gevent.spawn(self._mind_files))
 
     def stop(self) -> None:
         """Accept no more, close idle connections, let the others finish their request. Returns at once."""
-        self._signal.set()
-        if self._idle_cutter is not None:
-            self._idle_cutter.kill(block=False)
+        # First, for afterwards the number that Granian accepts from may be another's.
+        gevent.killall(self._keepers, block=False)
+        get_hub().loop.run_callback(self._signal.set)
 
     def wait_stopped(self, timeout: float | None = None) -> bool:
         """Wait until every connection is closed and Granian's threads have ended, after :meth:`stop`.
@@ -218,7 +228,14 @@ class Front:
         return reset_all(self._end)
 
     def _accept(self, watcher: Any) -> None:
-        self._on_request(Exchange(watcher, self._client_timeout, self._filters, self.active, self._max_body_size))
+        exchange = Exchange(watcher, self._client_timeout, self._filters, self.active, self._max_body_size)
+        try:
+            self._on_request(exchange)
+        except BaseException:
+            # The hub reports it.
+            exchange.abort()
+            exchange.release()
+            raise
 
     def _cut_idle(self, port: int) -> None:
         """Close idle connections, again and again.
@@ -234,7 +251,30 @@ class Front:
         cutter = IdleCutter(port, self._idle_timeout, in_use)
         while True:
             gevent.sleep(self._idle_timeout * _IDLE_SLACK)
-            cutter.run(pause=lambda: gevent.sleep(0.001))
+            with contextlib.suppress(OSError):  # there is no file left to look with
+                cutter.run(pause=lambda: gevent.sleep(0.001))
+
+    def _mind_files(self) -> None:
+        """Accept nothing while this process has no files left.
+
+        With TLS Granian counts connections after their handshake only. When there is no file left for the next, it
+        does nothing but try again, and does not even give up on the handshakes that hold the files: for good.
+        """
+        with contextlib.closing(open_nowhere()) as nowhere, contextlib.closing(_Reserve()) as reserve:
+            while True:
+                if reserve.fill():
+                    gevent.sleep(_FILES_SECONDS)
+                    continue
+                logger.warning("No files are left to this process: new connections wait. See ulimit -n.")
+                # Granian accepts from this number, and finds nobody there; but for that it needs a free file.
+                os.dup2(nowhere.fileno(), self._listening, inheritable=False)
+                reserve.close()
+                gevent.sleep(_FILES_SECONDS)
+                while not reserve.fill():
+                    reserve.close()
+                    gevent.sleep(_FILES_SECONDS)
+                os.dup2(self._listener.fileno(), self._listening, inheritable=False)
+                self._listener.nudge()
 
 
 class _Loop:
@@ -595,6 +635,30 @@ class _Inbound:
             self._parts_size += len(message["body"])
         if not message["more_body"]:
             self._ended = True
+
+
+class _Reserve:
+    """Files kept open, to have some when there are no others left."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+
+    def fill(self) -> bool:
+        """Have them all; return False if there is none left besides."""
+        try:
+            while len(self._held) < _SPARE_FILES:
+                self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give them back."""
+        while self._held:
+            os.close(self._held.pop())
 
 
 def _tls_arguments(tls: TLS | None) -> tuple[Any, ...]:

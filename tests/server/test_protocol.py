@@ -293,7 +293,12 @@ def test_malformed_requests_of_http_2_are_reset(server: ServerProcess) -> None:
             ([("x-a", "b\0c")], True),
             ([("content-length", "abc")], True),
             ([("content-length", "5")], True),
+            ([("content-length", "0"), ("content-length", "abc")], True),
+            ([("content-length", "0"), ("content-length", "5")], True),
+            ([("content-length", "0_0")], True),
+            ([("host", "a"), ("host", "b")], True),
             ([(":path", "/second")], True),
+            ([(":path", "/malformed_0")], True),
         ]
     ):
         path = f"/malformed_{number}"

@@ -155,6 +155,21 @@ def test_handshake_that_never_ends_holds_up_nobody(tls_server: ServerProcess, fi
             sock.close()
 
 
+def test_server_that_ran_out_of_files_in_handshakes_recovers(start_server: StartServer, files: Files) -> None:
+    command = sample_command(ssl_certfile=files.both, max_connections=50)
+    server = start_server(["bash", "-c", 'ulimit -n 200; exec "$@"', "bash", *command])
+    sockets = [server.connect() for _ in range(300)]
+    try:
+        for sock in sockets:
+            sock.sendall(b"\x16\x03\x01")
+        server.wait_for_output("No files are left to this process")
+    finally:
+        for sock in sockets:
+            sock.close()
+    assert files.ask(server).status_code == 200
+    assert server.stop() == 0
+
+
 def test_tls_over_a_unix_socket(start_server: StartServer, files: Files, tmp_path: Path) -> None:
     path = f"{tmp_path}/puff.sock"
     start_server(uds=path, ssl_certfile=files.both)
