@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import gevent
 from gevent import get_hub
 from gevent.event import Event
 
 from puff_patch.runtime import Mailbox, WarmPool
 from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
+from puff_patch.server.admission import Admission, Refusal
 from puff_patch.server.apps import Applications
 from puff_patch.server.filters import Filters, Responder
 from puff_patch.server.front import ClientDisconnected, Exchange, Front
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
+from puff_patch.server.tls import TLS, check_tls
 from puff_patch.server.wsgi import WSGIHandler
 
 if TYPE_CHECKING:
@@ -58,22 +61,23 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
         The process's exit code: 0 if every accepted request was answered, 1 if some were cut.
 
     Raises:
-        ServerError: it cannot listen on the address, it is not the main thread, or Granian is missing or of
-            an untested version.
+        ServerError: it cannot listen on the address, a file of TLS cannot be used, it is not the main thread, or
+            Granian is missing or of an untested version.
     """
     options = options or ServerOptions()
     if not get_hub().main_hub:
         raise ServerError("serve() must be called in the main thread: only there can signals stop it")
+    tls = check_tls(options)
     listener = Listener(options)
     try:
         apps = app if isinstance(app, Applications) else Applications(wsgi=app)
-        return _Server(apps, options, listener).run()
+        return _Server(apps, options, listener, tls).run()
     finally:
         listener.close()
 
 
 class _Server:
-    def __init__(self, apps: Applications, options: ServerOptions, listener: Listener) -> None:
+    def __init__(self, apps: Applications, options: ServerOptions, listener: Listener, tls: TLS | None) -> None:
         if apps.wsgi is None or apps.asgi is not None or apps.websockets:
             raise ServerError("only a WSGI application can be served for now")
         filters = [*options.filters]
@@ -88,8 +92,14 @@ class _Server:
             http=options.http,
             max_connections=_affordable(options.max_connections),
             client_timeout=options.client_timeout,
+            idle_timeout=options.idle_timeout,
+            max_head_size=options.max_head_size,
+            max_body_size=options.max_body_size,
+            http2_max_concurrent_streams=options.http2_max_concurrent_streams,
+            tls=tls,
             filters=self._filters,
         )
+        self._admission = Admission(options, self._front.active)
         self._signals = 0
         self._signalled = Event()
         self._forced = Event()
@@ -113,12 +123,31 @@ class _Server:
         return code
 
     def _on_request(self, exchange: Exchange) -> None:
+        refused = self._admission.check(exchange.scope)
+        if refused is not None:
+            self._refuse(exchange, refused)
+            return
         if self._filters is not None:
             responder = self._filters.begin(exchange.scope)
             if responder is not None:
                 self._pool.submit(self._answer, responder, exchange)
                 return
         self._pool.submit(self._handler, exchange)
+
+    def _refuse(self, exchange: Exchange, refused: Refusal) -> None:
+        """Answer a request at once that is not let in; from then on it does not count."""
+        began = time.perf_counter()
+        status, headers, body = refused
+        if self._handler.closing and exchange.scope["http_version"] != "2":
+            headers.append((b"connection", b"close"))
+        exchange.respond(status, headers, body)
+        exchange.forget()
+        if self._options.access_log:
+            access_log.log_request(exchange.scope, status, len(body), began)
+        if exchange.is_client_sending:
+            gevent.spawn(_discard, exchange)
+        else:
+            exchange.release()
 
     def _answer(self, responder: Responder, exchange: Exchange) -> None:
         try:
@@ -179,6 +208,14 @@ class _Server:
         if not self._front.wait_stopped(_LAST_SECONDS / 2):
             logger.warning("The front's threads did not end in time")
         return 1
+
+
+def _discard(exchange: Exchange) -> None:
+    """Hear a client out that was answered already, within limits."""
+    try:
+        exchange.discard_request()
+    finally:
+        exchange.release()
 
 
 @contextlib.contextmanager

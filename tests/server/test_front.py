@@ -142,6 +142,18 @@ def test_request_comes_in_the_hub_with_an_asgi_scope(running: Running) -> None:
     assert scope["client"][1].isdigit()
 
 
+def test_request_that_cannot_even_be_taken_is_answered(
+    running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(exchange: Exchange) -> None:
+        raise LookupError("failed in the hub")
+
+    running.front._on_request = failing
+    assert running.get().startswith(b"HTTP/1.1 500 ")
+    assert "failed in the hub" in capsys.readouterr().err
+    assert not running.front.active
+
+
 def test_whole_response_is_sent_without_waiting(running: Running) -> None:
     # The hub cannot wait, so this raises if the front would.
     front_on_request = running.on_request
