@@ -17,7 +17,8 @@ from puff_patch.runtime import Mailbox, WarmPool
 from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
 from puff_patch.server.apps import Applications
-from puff_patch.server.filters import Filters, Responder
+from puff_patch.server.filters import Answer, Life, Responder
+from puff_patch.server.filters.build import build_filters
 from puff_patch.server.front import ClientDisconnected, Exchange, Front
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
@@ -76,12 +77,15 @@ class _Server:
     def __init__(self, apps: Applications, options: ServerOptions, listener: Listener) -> None:
         if apps.wsgi is None or apps.asgi is not None or apps.websockets:
             raise ServerError("only a WSGI application can be served for now")
-        filters = [*options.filters]
-        self._filters = Filters(filters) if filters else None
+        self._life = Life()
+        try:
+            self._filters = build_filters(options, self._life)
+        except (ValueError, ImportError) as exc:
+            raise ServerError(str(exc)) from exc
         self._options = options
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
-        self._handler = WSGIHandler(apps.wsgi, listener.address, access_log=options.access_log)
+        self._handler = WSGIHandler(apps.wsgi, listener.address)
         self._front = Front(
             listener,
             self._on_request,
@@ -96,9 +100,10 @@ class _Server:
 
     def run(self) -> int:
         if self._options.access_log:
-            access_log.enable()
+            access_log.enable(self._options.access_log_format)
         with _on_signals(self._on_signal), Mailbox.current().hold(), _watched():
             self._front.start()
+            self._life.started = True
             print(f"puff_patch is listening on {self._listener.url}", flush=True)
             self._signalled.wait()
             try:
@@ -115,14 +120,25 @@ class _Server:
     def _on_request(self, exchange: Exchange) -> None:
         if self._filters is not None:
             responder = self._filters.begin(exchange.scope)
+            if isinstance(responder, Answer) and responder.urgent:
+                self._answer(responder, exchange)
+                return
             if responder is not None:
                 self._pool.submit(self._answer, responder, exchange)
                 return
         self._pool.submit(self._handler, exchange)
 
     def _answer(self, responder: Responder, exchange: Exchange) -> None:
+        """Have a filter's answer sent instead of an application's."""
+        handler, http2 = self._handler, exchange.scope["http_version"] == "2"
+        if http2:
+            handler.http2_running += 1
+        else:
+            handler.http1_begun += 1
         try:
             responder(exchange)
+            if not http2 and not (isinstance(responder, Answer) and responder.urgent) and _sends_body(exchange):
+                exchange.discard_request()
         except ClientDisconnected:
             exchange.abort()
         except BaseException:
@@ -130,6 +146,8 @@ class _Server:
             raise
         finally:
             exchange.release()
+            if http2:
+                handler.http2_running -= 1
 
     def _on_signal(self) -> None:
         self._signals += 1
@@ -143,6 +161,7 @@ class _Server:
         logger.info("Stopping: %d requests are running", self._pool.running + self._pool.waiting)
         # From now on, whoever has a connection is asked to close it with the next response.
         self._handler.closing = True
+        self._life.stopping = True
         filtered = self._listener.turn_away()
         if not filtered:
             logger.info("New clients cannot be turned away on this platform; some may see a reset connection.")
@@ -179,6 +198,12 @@ class _Server:
         if not self._front.wait_stopped(_LAST_SECONDS / 2):
             logger.warning("The front's threads did not end in time")
         return 1
+
+
+def _sends_body(exchange: Exchange) -> bool:
+    """Whether a client of HTTP/1 sends a body without having asked first."""
+    names = {name for name, _ in exchange.scope["headers"]}
+    return not names.isdisjoint((b"content-length", b"transfer-encoding")) and b"expect" not in names
 
 
 @contextlib.contextmanager
