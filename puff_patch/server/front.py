@@ -232,8 +232,8 @@ class Exchange:
         self._status = 0
         self._sent = 0
         self.scope: dict[str, Any] = watcher.scope
-        # The scope's client may become another one: that for which a trusted proxy speaks.
-        self._peer: tuple[str, str] = self.scope["client"]
+        # The scope's client may be another one: that for which a trusted proxy speaks.
+        self._peer: tuple[str, str] = self.scope.get("puff.peer") or self.scope["client"]
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole response. Waits for nobody, but gives others a turn while a long body is encoded.
@@ -249,7 +249,7 @@ class Exchange:
         send = self._proto.send
         self._filter_head(status, headers)
         if self._encoder is not None:
-            body = _encoded(self._encoder, body)
+            body = self._encode(self._encoder, body)
         self._send_head(status, headers)
         self._sent = len(body)
         send({"type": "http.response.body", "body": body, "more_body": False})
@@ -356,6 +356,16 @@ class Exchange:
         if inbound is None:
             inbound = self._inbound = _Inbound(self._proto, self._peer, self._timeout)
         return inbound
+
+    def _encode(self, encoder: Encoder, body: bytes) -> bytes:
+        """Encode a whole body, a long one without holding the hub."""
+        parts = []
+        for at in range(0, len(body), _ENCODED_PIECE):
+            if at:
+                gevent.sleep(_ENCODING_TURN)
+            parts.append(encoder.feed(body[at : at + _ENCODED_PIECE]))
+        parts.append(encoder.finish())
+        return b"".join(parts)
 
     def _filter_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if self._filters is not None:
@@ -474,17 +484,6 @@ class _Inbound:
             self._parts_size += len(message["body"])
         if not message["more_body"]:
             self._ended = True
-
-
-def _encoded(encoder: Encoder, body: bytes) -> bytes:
-    """Encode a whole body, a long one without holding the hub."""
-    parts = []
-    for at in range(0, len(body), _ENCODED_PIECE):
-        if at:
-            gevent.sleep(_ENCODING_TURN)
-        parts.append(encoder.feed(body[at : at + _ENCODED_PIECE]))
-    parts.append(encoder.finish())
-    return b"".join(parts)
 
 
 def _wait(pending: Any, timeout: float) -> None:

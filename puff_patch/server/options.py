@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from puff_patch.server.filters import CompressionOptions, CorsOptions, Filter, StaticFiles
 
@@ -39,9 +40,9 @@ class ServerOptions:
         health_path: where 200 says that the server lives, such as ``/-/health``; empty for nowhere.
         ready_path: where 200 says that it takes requests, and 503 that it stops or a check fails, such as
             ``/-/ready``; empty for nowhere.
-        ready_checks: what readiness depends on: ``postgres``, ``redis``, ``postgres:NAME``, ``redis:NAME``, or
-            functions that raise if something is amiss.
-        ready_timeout: seconds that these checks may take.
+        ready_services: what must answer for it: ``postgres``, ``redis``, ``postgres:NAME``, ``redis:NAME``.
+        ready_checks: functions that must not raise for it, called on greenlets.
+        ready_timeout: seconds that all these checks may take.
         metrics_path: where Prometheus finds the metrics, such as ``/metrics``, with the token of
             ``PUFF_METRICS_TOKEN``; empty for nowhere.
         compression: compress responses, see `CompressionOptions`; None for not at all.
@@ -62,13 +63,14 @@ class ServerOptions:
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
-    access_log_format: str = "text"
+    access_log_format: Literal["text", "json"] = "text"
     request_ids: bool = False
     trusted_proxies: tuple[str, ...] = ()
     proxy_headers: tuple[str, ...] = ("x-forwarded-for", "x-forwarded-proto")
     health_path: str = ""
     ready_path: str = ""
-    ready_checks: tuple[Callable[[], object] | str, ...] = ()
+    ready_services: tuple[str, ...] = ()
+    ready_checks: tuple[Callable[[], object], ...] = ()
     ready_timeout: float = 2.0
     metrics_path: str = ""
     compression: CompressionOptions | None = None
@@ -93,8 +95,8 @@ class ServerOptions:
             raise ValueError(f'access_log_format must be "text" or "json", not {self.access_log_format!r}')
         if self.ready_timeout <= 0:
             raise ValueError(f"ready_timeout must be positive, not {self.ready_timeout}")
-        if self.ready_checks and not self.ready_path:
-            raise ValueError("ready_checks need a ready_path to be asked at")
+        if (self.ready_services or self.ready_checks) and not self.ready_path:
+            raise ValueError("ready_services and ready_checks need a ready_path to be asked at")
         for name in ("health_path", "ready_path", "metrics_path"):
             path = getattr(self, name)
             if path and not path.startswith("/"):

@@ -1,9 +1,8 @@
 """What stands between the front and every application, whatever its interface: filters.
 
 A filter sees each HTTP request before an application does, and may answer it instead.  It sees the head of each
-response, and may have its body encoded.  `Filter.begin` and `Filter.end` are called in the hub's thread, and
-`Filter.head` there for WSGI and in the asyncio thread for ASGI, so it must neither block nor keep state that two
-threads would spoil.
+response, and may have its body encoded.  It is asked in the hub for WSGI and in the asyncio thread for ASGI, so it
+must neither block nor keep state that two threads would spoil.
 
 What a filter finds out about a request stands in its scope, under names that begin with ``puff.``.
 """
@@ -135,7 +134,7 @@ class Filters:
         return encoder
 
     def end(self, scope: Scope, status: int, size: int) -> None:
-        """See `Filter.end`.  Call it in the hub's thread; one that fails is logged, and the others hear of it."""
+        """See `Filter.end`.  One that fails is logged, and the others hear of the end all the same."""
         for end in self._end:
             try:
                 end(scope, status, size)

@@ -9,7 +9,7 @@ from puff_patch.server.filters.access import AccessLog
 from puff_patch.server.filters.base import Filter, Filters, Life
 from puff_patch.server.filters.compression import Compression
 from puff_patch.server.filters.cors import Cors
-from puff_patch.server.filters.health import Health
+from puff_patch.server.filters.health import Health, named_check
 from puff_patch.server.filters.metrics import MetricsPage, RequestMetrics
 from puff_patch.server.filters.proxies import TrustedProxies
 from puff_patch.server.filters.request_ids import RequestIds
@@ -32,9 +32,9 @@ def build_filters(options: ServerOptions, life: Life) -> Filters | None:
         filters.append(TrustedProxies(options.trusted_proxies, options.proxy_headers))
     # Before what logs and counts.
     if options.health_path or options.ready_path:
-        filters.append(
-            Health(options.health_path, options.ready_path, options.ready_checks, options.ready_timeout, life)
-        )
+        checks = {service: named_check(service) for service in options.ready_services}
+        checks |= {getattr(check, "__name__", repr(check)): check for check in options.ready_checks}
+        filters.append(Health(options.health_path, options.ready_path, checks, options.ready_timeout, life))
     if options.request_ids:
         filters.append(RequestIds())
     if options.access_log:

@@ -50,8 +50,6 @@ class CorsOptions:
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a list of strings, not {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.allow_origins and not self.allow_origin_regex:
-            raise ValueError("CORS needs allow_origins or allow_origin_regex: without them nobody is let in")
         for origin in self.allow_origins:
             if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
                 raise ValueError(

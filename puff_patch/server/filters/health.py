@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import gevent
@@ -49,7 +49,7 @@ def named_check(service: str) -> Check:
     checks = {"postgres": _check_postgres, "redis": _check_redis}
     if kind not in checks:
         raise ValueError(
-            f"ready_checks takes 'postgres', 'redis', 'postgres:NAME', 'redis:NAME' and functions, not {service!r}"
+            f"ready_services takes 'postgres', 'redis', 'postgres:NAME' and 'redis:NAME', not {service!r}"
         )
     return lambda: checks[kind](name or "default")
 
@@ -60,22 +60,17 @@ class Health(Filter):
     Args:
         health_path: where 200 says that the hub turns; empty for nowhere.
         ready_path: where 200 says that requests may come, and 503 that they should not; empty for nowhere.
-        checks: what must not fail for the latter: functions, or names that `named_check` knows.
+        checks: what must not fail for the latter, by the name to tell.
         timeout: seconds that all checks together may take.
         life: the server's.
     """
 
     def __init__(
-        self, health_path: str, ready_path: str, checks: Sequence[Check | str], timeout: float, life: Life
+        self, health_path: str, ready_path: str, checks: Mapping[str, Check], timeout: float, life: Life
     ) -> None:
         self._health_path = health_path
         self._ready_path = ready_path
-        self._checks = {
-            check if isinstance(check, str) else getattr(check, "__name__", repr(check)): (
-                named_check(check) if isinstance(check, str) else check
-            )
-            for check in checks
-        }
+        self._checks = dict(checks)
         self._timeout = timeout
         self._life = life
         self._asking: gevent.Greenlet[[], Answer] | None = None

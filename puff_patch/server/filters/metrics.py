@@ -5,13 +5,18 @@ from __future__ import annotations
 import hmac
 import weakref
 from bisect import bisect_left
+from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from gevent.monkey import get_original
 
 from puff_patch.server.filters.base import Answer, Filter, Responder, Scope, header
 
 if TYPE_CHECKING:
     from puff_patch.server.front import Exchange
+
+_allocate_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 
 LATENCY_BOUNDS = (0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
 """Upper bounds of the latency classes in seconds; above the last one there is one more class."""
@@ -31,6 +36,8 @@ class RequestMetrics(Filter):
     """
 
     def __init__(self) -> None:
+        # A plain one, and never held for longer than it takes to count: see `Filter` for the two threads.
+        self._lock = _allocate_lock()
         self.in_progress = 0
         self.counts: dict[tuple[str, str], int] = {}
         self.latency_classes = [0] * (len(LATENCY_BOUNDS) + 1)
@@ -38,7 +45,8 @@ class RequestMetrics(Filter):
         _live.add(self)
 
     def begin(self, scope: Scope) -> Responder | None:
-        self.in_progress += 1
+        with self._lock:
+            self.in_progress += 1
         scope["puff.counted"] = perf_counter()
         return None
 
@@ -47,12 +55,13 @@ class RequestMetrics(Filter):
         if began is None:
             return
         took = perf_counter() - began
-        self.in_progress -= 1
         method = scope["method"]
         key = (method if method in _METHODS else "other", _STATUS_CLASSES[status // 100])
-        self.counts[key] = self.counts.get(key, 0) + 1
-        self.latency_classes[bisect_left(LATENCY_BOUNDS, took)] += 1
-        self.seconds += took
+        with self._lock:
+            self.in_progress -= 1
+            self.counts[key] = self.counts.get(key, 0) + 1
+            self.latency_classes[bisect_left(LATENCY_BOUNDS, took)] += 1
+            self.seconds += took
 
 
 _live: weakref.WeakSet[RequestMetrics] = weakref.WeakSet()

@@ -35,7 +35,8 @@ class TrustedProxies(Filter):
     The client is the rightmost address that is not a trusted proxy's, for each proxy adds to the right the address
     it was called from.  From other peers the headers of proxies are removed.
 
-    Sets ``puff.trusted`` in the scope of a request whose peer is trusted.
+    Sets ``puff.trusted`` in the scope of a request whose peer is trusted, and ``puff.peer`` to the peer where the
+    client is another one.
 
     Args:
         peers: addresses and networks (``10.0.0.0/8``) of proxies, ``unix`` for peers of a Unix socket, ``*`` for
@@ -83,6 +84,7 @@ class TrustedProxies(Filter):
             if not self._is_trusted(address[0]):
                 break
         if client is not None:
+            scope["puff.peer"] = scope["client"]
             scope["client"] = client
         self._apply(scope, used)
         return None

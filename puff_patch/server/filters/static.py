@@ -75,7 +75,7 @@ class StaticFiles:
     """
 
     prefix: str
-    folder: str | os.PathLike[str]
+    folder: str
     max_age: int = 60
     immutable: str = r"[.-](?=[0-9]*[a-f])(?=[a-f]*[0-9])[0-9a-f]{12,64}\.[^/]*$"
     index: str = ""

@@ -137,7 +137,6 @@ def test_open_to_everybody(open_server: ServerProcess) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({}, "needs allow_origins"),
         ({"allow_origins": ["*"], "allow_credentials": True}, "would let every site act as the user"),
         ({"allow_origins": ["app.example.com"]}, "an origin is a scheme, a host"),
         ({"allow_origins": [APP + "/"]}, "an origin is a scheme, a host"),

@@ -65,13 +65,13 @@ def test_not_ready_while_it_stops(start_server: StartServer) -> None:
 
 def test_services(start_server: StartServer, services: Any) -> None:
     env = {**services.env(), "PUFF_DEAD_REDIS_URL": "redis://127.0.0.1:1"}
-    server = start_server(env=env, **PATHS, ready_checks=["postgres", "redis"], ready_timeout=20)
+    server = start_server(env=env, **PATHS, ready_services=["postgres", "redis"], ready_timeout=20)
     assert answer(server, "/-/ready") == (200, {"status": "ok", "checks": {"postgres": "ok", "redis": "ok"}})
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env["PUFF_SILENT_POSTGRES_URL"] = f"postgres://u@127.0.0.1:{silent.getsockname()[1]}/x"
         checks = ["redis", "redis:dead", "postgres:silent"]
-        server = start_server(env=env, **PATHS, ready_checks=checks, ready_timeout=1.5)
+        server = start_server(env=env, **PATHS, ready_services=checks, ready_timeout=1.5)
         began = time.monotonic()
         many = [server.http() for _ in range(5)]
         for connection in many:
@@ -93,7 +93,7 @@ def test_services(start_server: StartServer, services: Any) -> None:
     ("wrong", "message"),
     [
         ({"health_path": "health"}, "health_path must begin with '/'"),
-        ({"ready_checks": ("redis",)}, "need a ready_path"),
+        ({"ready_services": ("redis",)}, "need a ready_path"),
         ({"ready_path": "/r", "ready_timeout": 0}, "ready_timeout must be positive"),
     ],
 )
@@ -104,6 +104,6 @@ def test_wrong_options(wrong: dict[str, Any], message: str) -> None:
 
 def test_unknown_check_is_one_clear_error(start_server: StartServer) -> None:
     with pytest.raises(
-        pytest.fail.Exception, match=r"error: ready_checks takes 'postgres', 'redis', .* not 'mysql'"
+        pytest.fail.Exception, match=r"error: ready_services takes 'postgres', 'redis', .* not 'mysql'"
     ):
-        start_server(**PATHS, ready_checks=["mysql"])
+        start_server(**PATHS, ready_services=["mysql"])
