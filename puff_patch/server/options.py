@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from puff_patch.server.filters import Filter
+from puff_patch.server.filters import CompressionOptions, CorsOptions, Filter, StaticFiles
 
 
 class ServerError(RuntimeError):
@@ -45,7 +46,24 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
-        filters: what every request and response goes through, see `puff_patch.server.filters`.
+        access_log_format: ``"text"``, or ``"json"`` for one object a line.
+        request_ids: give each request an id in ``X-Request-ID``, or take it from a trusted proxy.
+        trusted_proxies: addresses and networks (``10.0.0.0/8``) of proxies that say truly which client, scheme and
+            host they speak for; ``unix`` for peers of a Unix socket, ``*`` for everybody.
+        proxy_headers: which headers these proxies set themselves, of ``x-forwarded-for``, ``x-forwarded-proto``,
+            ``x-forwarded-host``, ``x-forwarded-port`` and ``forwarded``; others are not believed.
+        health_path: where 200 says that the server lives, such as ``/-/health``; empty for nowhere.
+        ready_path: where 200 says that it takes requests, and 503 that it stops or a check fails, such as
+            ``/-/ready``; empty for nowhere.
+        ready_services: what must answer for it: ``postgres``, ``redis``, ``postgres:NAME``, ``redis:NAME``.
+        ready_checks: functions that must not raise for it, called on greenlets.
+        ready_timeout: seconds that all these checks may take.
+        metrics_path: where Prometheus finds the metrics, such as ``/metrics``, with the token of
+            ``PUFF_METRICS_TOKEN``; empty for nowhere.
+        compression: compress responses, see `CompressionOptions`; None for not at all.
+        cors: which other origins may use this server, see `CorsOptions`; None for none.
+        static: folders whose files are served, see `StaticFiles`.
+        filters: more that every request and response goes through, see `puff_patch.server.filters`.
         on_stop: called in order after the last request, also after a forced stop; to close pools, for one.
     """
 
@@ -71,6 +89,19 @@ class ServerOptions:
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
+    access_log_format: Literal["text", "json"] = "text"
+    request_ids: bool = False
+    trusted_proxies: tuple[str, ...] = ()
+    proxy_headers: tuple[str, ...] = ("x-forwarded-for", "x-forwarded-proto")
+    health_path: str = ""
+    ready_path: str = ""
+    ready_services: tuple[str, ...] = ()
+    ready_checks: tuple[Callable[[], object], ...] = ()
+    ready_timeout: float = 2.0
+    metrics_path: str = ""
+    compression: CompressionOptions | None = None
+    cors: CorsOptions | None = None
+    static: tuple[StaticFiles, ...] = ()
     filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
 
@@ -94,6 +125,16 @@ class ServerOptions:
         self._check_ssl()
         if self.graceful_timeout < 0:
             raise ValueError(f"graceful_timeout must not be negative, not {self.graceful_timeout}")
+        if self.access_log_format not in ("text", "json"):
+            raise ValueError(f'access_log_format must be "text" or "json", not {self.access_log_format!r}')
+        if self.ready_timeout <= 0:
+            raise ValueError(f"ready_timeout must be positive, not {self.ready_timeout}")
+        if (self.ready_services or self.ready_checks) and not self.ready_path:
+            raise ValueError("ready_services and ready_checks need a ready_path to be asked at")
+        for name in ("health_path", "ready_path", "metrics_path"):
+            path = getattr(self, name)
+            if path and not path.startswith("/"):
+                raise ValueError(f"{name} must begin with '/', unlike {path!r}")
 
     def _check_ssl(self) -> None:
         if self.ssl_min_version not in ("1.2", "1.3"):

@@ -19,7 +19,8 @@ from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
 from puff_patch.server.admission import Admission, Refusal
 from puff_patch.server.apps import Applications
-from puff_patch.server.filters import Filters, Responder
+from puff_patch.server.filters import Answer, Life, Responder
+from puff_patch.server.filters.build import build_filters
 from puff_patch.server.front import ClientDisconnected, Exchange, Front
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
@@ -80,12 +81,15 @@ class _Server:
     def __init__(self, apps: Applications, options: ServerOptions, listener: Listener, tls: TLS | None) -> None:
         if apps.wsgi is None or apps.asgi is not None or apps.websockets:
             raise ServerError("only a WSGI application can be served for now")
-        filters = [*options.filters]
-        self._filters = Filters(filters) if filters else None
+        self._life = Life()
+        try:
+            self._filters = build_filters(options, self._life)
+        except (ValueError, ImportError) as exc:
+            raise ServerError(str(exc)) from exc
         self._options = options
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
-        self._handler = WSGIHandler(apps.wsgi, listener.address, access_log=options.access_log)
+        self._handler = WSGIHandler(apps.wsgi, listener.address)
         self._front = Front(
             listener,
             self._on_request,
@@ -106,9 +110,10 @@ class _Server:
 
     def run(self) -> int:
         if self._options.access_log:
-            access_log.enable()
+            access_log.enable(self._options.access_log_format)
         with _on_signals(self._on_signal), Mailbox.current().hold(), _watched():
             self._front.start()
+            self._life.started = True
             print(f"puff_patch is listening on {self._listener.url}", flush=True)
             self._signalled.wait()
             try:
@@ -123,35 +128,39 @@ class _Server:
         return code
 
     def _on_request(self, exchange: Exchange) -> None:
-        refused = self._admission.check(exchange.scope)
-        if refused is not None:
+        responder = None if self._filters is None else self._filters.begin(exchange.scope)
+        if isinstance(responder, Answer) and responder.urgent:
+            self._answer(responder, exchange)
+        elif (refused := self._admission.check(exchange.scope)) is not None:
             self._refuse(exchange, refused)
-            return
-        if self._filters is not None:
-            responder = self._filters.begin(exchange.scope)
-            if responder is not None:
-                self._pool.submit(self._answer, responder, exchange)
-                return
-        self._pool.submit(self._handler, exchange)
+        elif responder is not None:
+            self._pool.submit(self._answer, responder, exchange)
+        else:
+            self._pool.submit(self._handler, exchange)
 
     def _refuse(self, exchange: Exchange, refused: Refusal) -> None:
         """Answer a request at once that is not let in; from then on it does not count."""
-        began = time.perf_counter()
         status, headers, body = refused
         if self._handler.closing and exchange.scope["http_version"] != "2":
             headers.append((b"connection", b"close"))
         exchange.respond(status, headers, body)
         exchange.forget()
-        if self._options.access_log:
-            access_log.log_request(exchange.scope, status, len(body), began)
         if exchange.is_client_sending:
             gevent.spawn(_discard, exchange)
         else:
             exchange.release()
 
     def _answer(self, responder: Responder, exchange: Exchange) -> None:
+        """Have a filter's answer sent instead of an application's."""
+        handler, http2 = self._handler, exchange.scope["http_version"] == "2"
+        if http2:
+            handler.http2_running += 1
+        else:
+            handler.http1_begun += 1
         try:
             responder(exchange)
+            if exchange.is_client_sending and not (isinstance(responder, Answer) and responder.urgent):
+                exchange.discard_request()
         except ClientDisconnected:
             exchange.abort()
         except BaseException:
@@ -159,6 +168,8 @@ class _Server:
             raise
         finally:
             exchange.release()
+            if http2:
+                handler.http2_running -= 1
 
     def _on_signal(self) -> None:
         self._signals += 1
@@ -172,6 +183,7 @@ class _Server:
         logger.info("Stopping: %d requests are running", self._pool.running + self._pool.waiting)
         # From now on, whoever has a connection is asked to close it with the next response.
         self._handler.closing = True
+        self._life.stopping = True
         filtered = self._listener.turn_away()
         if not filtered:
             logger.info("New clients cannot be turned away on this platform; some may see a reset connection.")
