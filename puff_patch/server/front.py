@@ -46,8 +46,31 @@ _DISCARD_BYTES = 32 * 1024 * 1024
 _DISCARD_SECONDS = 5.0
 
 
+# Messages taken from the client of a WebSocket ahead of its handler, besides _LOOKAHEAD; TCP holds up the rest.
+_AHEAD_MESSAGES = 16
+
+
 class ClientDisconnected(ConnectionError):
     """The client closed the connection before the request or its response was complete."""
+
+
+class WebSocketClosed(ConnectionError):
+    """The WebSocket is closed, by either side.
+
+    Attributes:
+        code: why, see RFC 6455, 7.4.1: what either side said, 1005 if the client said nothing or its connection
+            was lost, 1006 if the connection was cut here.
+        reason: the same in words; what a client says in words does not get through the front.
+    """
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(f"the WebSocket is closed ({code}{f': {reason}' if reason else ''})")
+        self.code = code
+        self.reason = reason
+
+
+class WebSocketTimeout(TimeoutError):
+    """Nothing came, or nothing could be sent, within the seconds given; the WebSocket is still open."""
 
 
 def check_version() -> str:
@@ -82,6 +105,9 @@ class Front:
         max_connections: connections open at a time; further ones are not accepted until one closes.
         client_timeout: seconds that a client may leave a request waiting for it.
         filters: what every response goes through.
+        on_websocket: called in the hub with each handshake of a WebSocket; it must not block.  None turns
+            WebSockets off: their handshakes then are plain requests.
+        websocket_max_size: bytes of a message of a WebSocket's client; one with more closes it.
 
     Raises:
         ServerError: Granian is missing or of an untested version.
@@ -96,6 +122,8 @@ class Front:
         max_connections: int = 16384,
         client_timeout: float = 60.0,
         filters: Filters | None = None,
+        on_websocket: Callable[[WebSocketExchange], object] | None = None,
+        websocket_max_size: int = 1024 * 1024,
     ) -> None:
         version = check_version()
         try:
@@ -113,6 +141,8 @@ class Front:
         self._on_request = on_request
         self._client_timeout = client_timeout
         self._filters = filters
+        self._on_websocket = on_websocket
+        self._websocket_max_size = websocket_max_size
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
 
@@ -138,7 +168,7 @@ class Front:
             http,
             None if http == "2" else settings.HTTP1Settings(),
             None if http == "1" else settings.HTTP2Settings(),
-            False,  # websockets
+            on_websocket is not None,  # websockets
             None,  # static files
             *(False, None, None, None, "1.3", None, [], False),  # TLS
             (None, None),  # metrics
@@ -174,6 +204,9 @@ class Front:
         return reset_all(self._end)
 
     def _accept(self, watcher: Any) -> None:
+        if self._on_websocket is not None and watcher.scope["type"] == "websocket":
+            self._on_websocket(WebSocketExchange(watcher, self._client_timeout, self._websocket_max_size))
+            return
         self._on_request(Exchange(watcher, self._client_timeout, self._filters))
 
 
@@ -335,6 +368,308 @@ class Exchange:
             self._proto.send({"type": "http.response.start", "status": status, "headers": headers})
         except RuntimeError as exc:
             raise ValueError(f"the response has a malformed header: {_malformed(headers) or exc}") from None
+
+
+class WebSocketExchange:
+    """One WebSocket: its handshake, then messages in both directions until either side closes it.
+
+    The methods that wait do so cooperatively: call them in a greenlet, not in the hub.  One greenlet at a time may
+    receive while any number send.  Granian answers pings by itself; it can send none, and it does not tell a
+    connection lost, or a malformed frame, from a close without a code.
+
+    Attributes:
+        scope: the ASGI connection scope.
+        status: what the handshake was answered with, 101 if the WebSocket was accepted; 0 until then.
+        code: why it is closed; None until it is.
+        reason: the same in words.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_ahead_size",
+        "_checked",
+        "_closing",
+        "_max_size",
+        "_pending",
+        "_proto",
+        "_receiver",
+        "_senders",
+        "_sent",
+        "_timeout",
+        "_unwaited",
+        "_watcher",
+        "code",
+        "reason",
+        "scope",
+        "status",
+    )
+
+    def __init__(self, watcher: Any, timeout: float, max_size: int) -> None:
+        self._watcher = watcher
+        self._proto = watcher.proto
+        self._timeout = timeout
+        self._max_size = max_size
+        self._ahead: list[str | bytes] = []
+        self._ahead_size = 0
+        # What is under way in Granian: a receive, the accept or the last send, the close.
+        self._pending: Any = None
+        self._sent: Any = None
+        self._closing: Any = None
+        # Who waits for it.
+        self._receiver: Waiter[None] | None = None
+        self._senders: list[Waiter[None]] | None = None
+        self._unwaited = 0
+        self._checked = 0.0
+        self.status = 0
+        self.code: int | None = None
+        self.reason = ""
+        self.scope: dict[str, Any] = watcher.scope
+
+    def accept(self, subprotocol: str | None = None) -> None:
+        """Answer the handshake: messages may now go either way.
+
+        Args:
+            subprotocol: one of those that the client offers.  (Granian sends no headers with it.)
+
+        Raises:
+            WebSocketClosed: the client is gone.
+        """
+        # Granian's first message, which says that there is a client, is always there.
+        next(self._proto.receive().__await__(), None)
+        self.status = 101
+        # As for the first message sent: others wait until it is.
+        self._sent = next(self._proto.send({"type": "websocket.accept", "subprotocol": subprotocol}))
+        self._ask()
+        self._wait_for_turn(None)
+
+    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Refuse the handshake with a plain response.  Never waits.
+
+        Args:
+            status: the status code, 200 to 999.
+            headers: names in lower case and values.
+            body: the whole body.
+
+        Raises:
+            ValueError: a header is malformed; then nothing was sent.
+        """
+        malformed = _malformed(headers)
+        if malformed:
+            raise ValueError(f"the response has a malformed header: {malformed}")
+        send = self._proto.send
+        send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+        send({"type": "websocket.http.response.body", "body": body, "more_body": False})
+        self.status, self.code, self.reason = status, 1006, f"refused with {status}"
+
+    @property
+    def has_message(self) -> bool:
+        """Whether a message is there to be received without waiting."""
+        return bool(self._ahead)
+
+    def receive(self, timeout: float | None = None) -> str | bytes:
+        """Return the next message, str for text and bytes for binary.
+
+        Args:
+            timeout: seconds to wait at most; None waits for good.
+
+        Raises:
+            WebSocketClosed: it is closed, and every message that came before is received.
+            WebSocketTimeout: nothing came in time.
+        """
+        while not self._ahead:
+            if self.code is not None:
+                raise WebSocketClosed(self.code, self.reason)
+            if self._receiver is not None:
+                raise RuntimeError("another greenlet is receiving from this WebSocket")
+            self._receiver = Waiter()
+            try:
+                _wait_at_most(self._receiver, timeout, "came")
+            finally:
+                self._receiver = None
+        message = self._ahead.pop(0)
+        self._ahead_size -= len(message)
+        self._ask()
+        return message
+
+    def send(self, message: str | bytes, timeout: float | None = None) -> None:
+        """Send a message, when the one before has been handed to the kernel: wait while the client is slow.
+
+        Args:
+            message: str is sent as text, bytes as binary.
+            timeout: seconds to wait at most, 0 not at all; None waits as long as the front is told to wait for
+                clients, then cuts the connection.
+
+        Raises:
+            WebSocketClosed: it is closed.
+            WebSocketTimeout: ``timeout`` is over, and the message is not sent.
+            UnicodeEncodeError: half a surrogate pair is no text.
+        """
+        self._wait_for_turn(timeout)
+        text, data = (message, None) if isinstance(message, str) else (None, message)
+        try:
+            # With both keys, for with one alone Granian takes what it cannot encode for nothing.
+            self._sent = next(self._proto.send({"type": "websocket.send", "text": text, "bytes": data}), None)
+        except RuntimeError:
+            if text is not None:
+                text.encode()  # says what is wrong with it
+            raise
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Close it, after what was sent so far; do nothing if it is closed.  Never waits.
+
+        Args:
+            code: 1000 to 4999.
+            reason: up to 123 bytes of UTF-8.
+        """
+        if self.code is None:
+            self.code = code
+            self.reason = reason
+            self._ahead.clear()
+            self._begin_close()
+            get_hub().loop.run_callback(self._wake)
+
+    def release(self) -> None:
+        """Let go of the connection: the last thing done with a WebSocket.
+
+        If it was closed here, wait until the client is told, or has left us waiting for too long.
+        """
+        if self._watcher is None:
+            return
+        closing = self._closing
+        try:
+            if closing is not None and not closing.done():
+                waiter: Waiter[Any] = Waiter()
+                closing.add_done_callback(waiter.switch)
+                with contextlib.suppress(WebSocketTimeout):
+                    _wait_at_most(waiter, self._timeout, "was taken")
+        finally:
+            self._drop()
+
+    def cut(self, reason: str) -> None:
+        """Close the connection at once, with nothing said to the client."""
+        if self.code is None:
+            self.code = 1006
+            self.reason = reason
+            get_hub().loop.run_callback(self._wake)
+        self._drop()
+
+    def _wait_for_turn(self, timeout: float | None) -> None:
+        """Wait until the message before is sent, and give others their turn now and then."""
+        waited = False
+        while self.code is None and self._sent is not None and not self._sent.done():
+            if timeout == 0:
+                raise WebSocketTimeout("the client has not taken the message before this one")
+            waited = True
+            senders = self._senders
+            if senders is None:
+                senders = self._senders = []
+                self._sent.add_done_callback(self._on_sent)  # there can be one
+            waiter: Waiter[None] = Waiter()
+            senders.append(waiter)
+            try:
+                _wait_at_most(waiter, self._timeout if timeout is None else timeout, "was taken")
+            except WebSocketTimeout:
+                if timeout is not None:
+                    raise
+                self.cut(f"the client took nothing for {self._timeout:g} seconds")
+        self._unwaited = 0 if waited else self._unwaited + 1
+        if self._unwaited >= _SENDS_PER_TURN:
+            self._unwaited = 0
+            gevent.sleep(0)
+        self._check_peer()
+        if self.code is not None:
+            raise WebSocketClosed(self.code, self.reason)
+
+    def _check_peer(self) -> None:
+        """Look at the socket itself now and then while unread messages hide from us that the client is gone."""
+        if self._pending is None and self.code is None and self.scope["client"][0]:
+            now = time.monotonic()
+            if now - self._checked > _PEER_CHECK_SECONDS:
+                if self._checked and not is_connected(self.scope["client"]):
+                    self.cut("the client closed the connection")
+                self._checked = now
+
+    def _ask(self) -> None:
+        """Have the next message fetched if there is room for it: also the news that the client is gone is one."""
+        if (
+            self._pending is None
+            and self.code is None
+            and len(self._ahead) < _AHEAD_MESSAGES
+            and self._ahead_size < _LOOKAHEAD
+        ):
+            self._pending = pending = next(self._proto.receive().__await__())
+            pending.add_done_callback(self._on_message)
+
+    def _on_message(self, pending: Any) -> None:
+        # In the hub.
+        if pending is not self._pending:
+            return
+        self._pending = None
+        message = pending.result()
+        if message["type"] == "websocket.disconnect":
+            self.code = message["code"]
+            # Only now does Granian send what answers the client's close.  Ours is sent if there was none but a
+            # frame that it could not read.
+            self._begin_close(1002)
+        else:
+            text = message.get("text")
+            data: str | bytes = message["bytes"] if text is None else text
+            if _larger(data, self._max_size):
+                self.code, self.reason = 1009, f"the message has more than {self._max_size} bytes"
+                self._begin_close()
+            else:
+                self._ahead.append(data)
+                self._ahead_size += len(data)
+                self._ask()
+        self._wake()
+
+    def _on_sent(self, pending: Any) -> None:
+        # In the hub.
+        senders, self._senders = self._senders, None
+        for waiter in senders or ():
+            waiter.switch(None)
+
+    def _wake(self) -> None:
+        if self._receiver is not None:
+            self._receiver.switch(None)
+        if self.code is not None:
+            self._on_sent(None)
+
+    def _begin_close(self, code: int | None = None) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            # It holds what the close needs.
+            pending.cancel()
+        if self._proto is not None and self.status == 101:
+            message = {"type": "websocket.close", "code": code or self.code, "reason": self.reason}
+            self._closing = next(self._proto.send(message))
+
+    def _drop(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is None:
+            return
+        # Done first: what is still under way keeps the transport from it, for it would wait for the client.  Then
+        # the transport falls with the last reference.
+        watcher.done()
+        for pending in (self._pending, self._sent, self._closing):
+            if pending is not None:
+                pending.cancel()
+        self._pending = self._sent = self._closing = self._proto = None
+
+
+def _wait_at_most(waiter: Waiter[Any], seconds: float | None, what: str) -> None:
+    if seconds is None:
+        waiter.get()
+        return
+    with gevent.Timeout(seconds, WebSocketTimeout(f"nothing {what} for {seconds:g} seconds")):
+        waiter.get()
+
+
+def _larger(message: str | bytes, size: int) -> bool:
+    if len(message) > size:
+        return True
+    # A character takes four bytes at the most.
+    return isinstance(message, str) and len(message) * 4 > size and len(message.encode()) > size
 
 
 class _Inbound:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from puff_patch.server.filters import Filter
+
+_FRONT_MESSAGE_SIZE = 64 * 1024 * 1024
 
 
 class ServerError(RuntimeError):
@@ -30,6 +33,13 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
+        max_websockets: how many WebSockets are open at a time, which do not count as requests; further ones are
+            refused with 503.
+        websocket_max_size: bytes of a message that a WebSocket's client may send; a larger one closes it (1009).
+        websocket_origins: which web sites may open WebSockets besides the server's own, each as browsers name them
+            in the header Origin (``https://example.com``), or ``"*"`` for any.  Others are refused with 403.
+        websocket_require_origin: refuse with 403 the WebSockets of clients that send no Origin: they are no
+            browsers.
         filters: what every request and response goes through, see `puff_patch.server.filters`.
         on_stop: called in order after the last request, also after a forced stop; to close pools, for one.
     """
@@ -45,6 +55,10 @@ class ServerOptions:
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
+    max_websockets: int = 10000
+    websocket_max_size: int = 1024 * 1024
+    websocket_origins: tuple[str, ...] = ()
+    websocket_require_origin: bool = False
     filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
 
@@ -53,9 +67,17 @@ class ServerOptions:
             raise ValueError(f'http must be "auto", "1" or "2", not {self.http!r}')
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, not {self.port}")
-        for name in ("backlog", "max_connections", "max_greenlets"):
+        for name in ("backlog", "max_connections", "max_greenlets", "max_websockets", "websocket_max_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.websocket_max_size > _FRONT_MESSAGE_SIZE:
+            raise ValueError(
+                f"websocket_max_size must be at most {_FRONT_MESSAGE_SIZE}, which is what the front takes, not "
+                f"{self.websocket_max_size}"
+            )
+        for origin in self.websocket_origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise ValueError(f"an origin looks like https://example.com, or is '*', unlike {origin!r}")
         if self.client_timeout <= 0:
             raise ValueError(f"client_timeout must be positive, not {self.client_timeout}")
         if self.graceful_timeout < 0:

@@ -18,9 +18,10 @@ from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
 from puff_patch.server.apps import Applications
 from puff_patch.server.filters import Filters, Responder
-from puff_patch.server.front import ClientDisconnected, Exchange, Front
+from puff_patch.server.front import ClientDisconnected, Exchange, Front, WebSocketExchange
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
+from puff_patch.server.websocket import WebSockets, no_application, upgrade_required
 from puff_patch.server.wsgi import WSGIHandler
 
 if TYPE_CHECKING:
@@ -74,14 +75,19 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
 
 class _Server:
     def __init__(self, apps: Applications, options: ServerOptions, listener: Listener) -> None:
-        if apps.wsgi is None or apps.asgi is not None or apps.websockets:
-            raise ServerError("only a WSGI application can be served for now")
+        if apps.asgi is not None:
+            raise ServerError("no ASGI application can be served for now")
         filters = [*options.filters]
         self._filters = Filters(filters) if filters else None
         self._options = options
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
-        self._handler = WSGIHandler(apps.wsgi, listener.address, access_log=options.access_log)
+        self._apps = apps
+        self._handler = WSGIHandler(apps.wsgi or no_application, listener.address, access_log=options.access_log)
+        try:
+            self._websockets = WebSockets(apps.websockets, options, self._filters)
+        except ValueError as exc:
+            raise ServerError(str(exc)) from exc
         self._front = Front(
             listener,
             self._on_request,
@@ -89,6 +95,8 @@ class _Server:
             max_connections=_affordable(options.max_connections),
             client_timeout=options.client_timeout,
             filters=self._filters,
+            on_websocket=self._on_websocket if apps.websockets else None,
+            websocket_max_size=options.websocket_max_size,
         )
         self._signals = 0
         self._signalled = Event()
@@ -105,6 +113,7 @@ class _Server:
                 code = self._stop()
             finally:
                 self._pool.close()
+                self._websockets.close()
                 for hook in self._options.on_stop:
                     try:
                         hook()
@@ -118,7 +127,17 @@ class _Server:
             if responder is not None:
                 self._pool.submit(self._answer, responder, exchange)
                 return
+        if self._apps.wsgi is None and self._websockets.find(exchange.scope) is not None:
+            self._pool.submit(self._answer, upgrade_required, exchange)
+            return
         self._pool.submit(self._handler, exchange)
+
+    def _on_websocket(self, exchange: WebSocketExchange) -> None:
+        found = self._websockets.find(exchange.scope)
+        if found is not None:
+            self._websockets.begin(exchange, *found)
+        else:
+            self._websockets.refuse(exchange)
 
     def _answer(self, responder: Responder, exchange: Exchange) -> None:
         try:
@@ -140,7 +159,12 @@ class _Server:
 
     def _stop(self) -> int:
         limit = time.monotonic() + self._options.graceful_timeout
-        logger.info("Stopping: %d requests are running", self._pool.running + self._pool.waiting)
+        logger.info(
+            "Stopping: %d requests are running, and %d WebSockets open",
+            self._pool.running + self._pool.waiting,
+            self._websockets.running,
+        )
+        self._websockets.go_away()
         # From now on, whoever has a connection is asked to close it with the next response.
         self._handler.closing = True
         filtered = self._listener.turn_away()
@@ -149,7 +173,9 @@ class _Server:
         self._wait_quiet(limit if filtered else min(limit, time.monotonic() + _UNFILTERED))
         self._front.stop()
         while not self._forced.is_set() and time.monotonic() < limit:
-            if self._front.wait_stopped(_POLL):
+            if self._websockets.running:
+                self._forced.wait(_POLL)
+            elif self._front.wait_stopped(_POLL):
                 return 0
         return self._cut()
 
@@ -172,7 +198,7 @@ class _Server:
 
     def _cut(self) -> int:
         """End what has not ended in time."""
-        cut = self._pool.kill(timeout=_LAST_SECONDS / 2)
+        cut = self._pool.kill(timeout=_LAST_SECONDS / 2) + self._websockets.kill(timeout=_LAST_SECONDS / 2)
         connections = self._front.reset_connections()
         why = "a second signal came" if self._forced.is_set() else f"{self._options.graceful_timeout:g} s are over"
         logger.warning("Cut %d running requests and %d connections: %s", cut, connections, why)
