@@ -16,6 +16,7 @@ import importlib
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -48,6 +49,10 @@ _DISCARD_SECONDS = 5.0
 
 # Messages taken from the client of a WebSocket ahead of its handler, besides _LOOKAHEAD; TCP holds up the rest.
 _AHEAD_MESSAGES = 16
+# Bytes that wait to be sent to the client of a WebSocket, from which on senders wait, and what each message counts
+# besides its own.
+_BEHIND = 64 * 1024
+_MESSAGE_SIZE = 64
 
 
 class ClientDisconnected(ConnectionError):
@@ -387,8 +392,11 @@ class WebSocketExchange:
     __slots__ = (
         "_ahead",
         "_ahead_size",
+        "_behind",
+        "_behind_size",
         "_checked",
         "_closing",
+        "_hooked",
         "_max_size",
         "_pending",
         "_proto",
@@ -411,6 +419,9 @@ class WebSocketExchange:
         self._max_size = max_size
         self._ahead: list[str | bytes] = []
         self._ahead_size = 0
+        # What waits to be sent.
+        self._behind: deque[str | bytes] | None = None
+        self._behind_size = 0
         # What is under way in Granian: a receive, the accept or the last send, the close.
         self._pending: Any = None
         self._sent: Any = None
@@ -418,6 +429,7 @@ class WebSocketExchange:
         # Who waits for it.
         self._receiver: Waiter[None] | None = None
         self._senders: list[Waiter[None]] | None = None
+        self._hooked = False
         self._unwaited = 0
         self._checked = 0.0
         self.status = 0
@@ -437,10 +449,11 @@ class WebSocketExchange:
         # Granian's first message, which says that there is a client, is always there.
         next(self._proto.receive().__await__(), None)
         self.status = 101
-        # As for the first message sent: others wait until it is.
-        self._sent = next(self._proto.send({"type": "websocket.accept", "subprotocol": subprotocol}))
+        self._sent = accepting = next(self._proto.send({"type": "websocket.accept", "subprotocol": subprotocol}))
         self._ask()
-        self._wait_for_turn(None)
+        while self.code is None and not accepting.done():
+            self._wait_for_room(None)
+        self._raise_if_closed()
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Refuse the handshake with a plain response.  Never waits.
@@ -477,8 +490,7 @@ class WebSocketExchange:
             WebSocketTimeout: nothing came in time.
         """
         while not self._ahead:
-            if self.code is not None:
-                raise WebSocketClosed(self.code, self.reason)
+            self._raise_if_closed()
             if self._receiver is not None:
                 raise RuntimeError("another greenlet is receiving from this WebSocket")
             self._receiver = Waiter()
@@ -492,7 +504,7 @@ class WebSocketExchange:
         return message
 
     def send(self, message: str | bytes, timeout: float | None = None) -> None:
-        """Send a message, when the one before has been handed to the kernel: wait while the client is slow.
+        """Send a message, behind those that the client has yet to take; wait while these are many.
 
         Args:
             message: str is sent as text, bytes as binary.
@@ -504,15 +516,24 @@ class WebSocketExchange:
             WebSocketTimeout: ``timeout`` is over, and the message is not sent.
             UnicodeEncodeError: half a surrogate pair is no text.
         """
-        self._wait_for_turn(timeout)
-        text, data = (message, None) if isinstance(message, str) else (None, message)
-        try:
-            # With both keys, for with one alone Granian takes what it cannot encode for nothing.
-            self._sent = next(self._proto.send({"type": "websocket.send", "text": text, "bytes": data}), None)
-        except RuntimeError:
-            if text is not None:
-                text.encode()  # says what is wrong with it
-            raise
+        if isinstance(message, str) and not message.isascii():
+            message.encode()  # Granian would not say what is wrong with it
+        self._unwaited += 1
+        if self._unwaited >= _SENDS_PER_TURN:
+            self._unwaited = 0
+            gevent.sleep(0)
+        self._check_peer()
+        while self.code is None and self._behind_size >= _BEHIND:
+            self._wait_for_room(timeout)
+        self._raise_if_closed()
+        if not self._behind and (self._sent is None or self._sent.done()):
+            self._put(message)
+            return
+        if self._behind is None:
+            self._behind = deque()
+        self._behind.append(message)
+        self._behind_size += len(message) + _MESSAGE_SIZE
+        self._hook()
 
     def close(self, code: int, reason: str = "") -> None:
         """Close it, after what was sent so far; do nothing if it is closed.  Never waits.
@@ -525,7 +546,8 @@ class WebSocketExchange:
             self.code = code
             self.reason = reason
             self._ahead.clear()
-            self._begin_close()
+            if not self._behind:
+                self._begin_close()
             get_hub().loop.run_callback(self._wake)
 
     def release(self) -> None:
@@ -535,12 +557,13 @@ class WebSocketExchange:
         """
         if self._watcher is None:
             return
-        closing = self._closing
         try:
-            if closing is not None and not closing.done():
-                waiter: Waiter[Any] = Waiter()
-                closing.add_done_callback(waiter.switch)
-                with contextlib.suppress(WebSocketTimeout):
+            with contextlib.suppress(WebSocketTimeout):
+                while self._behind:
+                    self._wait_for_room(self._timeout)
+                if self._closing is not None and not self._closing.done():
+                    waiter: Waiter[Any] = Waiter()
+                    self._closing.add_done_callback(waiter.switch)
                     _wait_at_most(waiter, self._timeout, "was taken")
         finally:
             self._drop()
@@ -553,30 +576,56 @@ class WebSocketExchange:
             get_hub().loop.run_callback(self._wake)
         self._drop()
 
-    def _wait_for_turn(self, timeout: float | None) -> None:
-        """Wait until the message before is sent, and give others their turn now and then."""
-        waited = False
-        while self.code is None and self._sent is not None and not self._sent.done():
-            if timeout == 0:
-                raise WebSocketTimeout("the client has not taken the message before this one")
-            waited = True
-            senders = self._senders
-            if senders is None:
-                senders = self._senders = []
-                self._sent.add_done_callback(self._on_sent)  # there can be one
-            waiter: Waiter[None] = Waiter()
-            senders.append(waiter)
-            try:
-                _wait_at_most(waiter, self._timeout if timeout is None else timeout, "was taken")
-            except WebSocketTimeout:
-                if timeout is not None:
-                    raise
-                self.cut(f"the client took nothing for {self._timeout:g} seconds")
-        self._unwaited = 0 if waited else self._unwaited + 1
-        if self._unwaited >= _SENDS_PER_TURN:
-            self._unwaited = 0
-            gevent.sleep(0)
-        self._check_peer()
+    def _wait_for_room(self, timeout: float | None) -> None:
+        """Wait until what is under way to the client is sent, or it is closed."""
+        if timeout == 0:
+            raise WebSocketTimeout("the client is too slow: it has yet to take the messages before this one")
+        waiter: Waiter[None] = Waiter()
+        self._senders = [*(self._senders or ()), waiter]
+        self._hook()
+        try:
+            _wait_at_most(waiter, self._timeout if timeout is None else timeout, "was taken")
+        except WebSocketTimeout:
+            if timeout is not None:
+                raise
+            self.cut(f"the client took nothing for {self._timeout:g} seconds")
+
+    def _put(self, message: str | bytes) -> None:
+        text, data = (message, None) if isinstance(message, str) else (None, message)
+        # With both keys, for with one alone Granian takes what it cannot encode for nothing.
+        self._sent = next(self._proto.send({"type": "websocket.send", "text": text, "bytes": data}), None)
+
+    def _hook(self) -> None:
+        """Have `_on_sent` called when what is under way is sent.  Granian takes one callback."""
+        if not self._hooked:
+            self._hooked = True
+            if self._sent is None:
+                get_hub().loop.run_callback(self._on_sent, None)
+            else:
+                self._sent.add_done_callback(self._on_sent)
+
+    def _on_sent(self, pending: Any) -> None:
+        # In the hub.
+        self._hooked = False
+        if pending is not self._sent:
+            # Something else was sent since then.
+            if self._behind or self._senders:
+                self._hook()
+            return
+        if self._behind:
+            message = self._behind.popleft()
+            self._behind_size -= len(message) + _MESSAGE_SIZE
+            self._put(message)
+            if self._behind:
+                self._hook()
+        if not self._behind:
+            self._behind = None
+            if self.code is not None and self._closing is None:
+                self._begin_close()
+        if self._behind_size < _BEHIND:
+            self._wake_senders()
+
+    def _raise_if_closed(self) -> None:
         if self.code is not None:
             raise WebSocketClosed(self.code, self.reason)
 
@@ -607,15 +656,18 @@ class WebSocketExchange:
         self._pending = None
         message = pending.result()
         if message["type"] == "websocket.disconnect":
-            self.code = message["code"]
+            if self.code is None:
+                self.code = message["code"]
             # Only now does Granian send what answers the client's close.  Ours is sent if there was none but a
             # frame that it could not read.
+            self._forget_behind()
             self._begin_close(1002)
-        else:
+        elif self.code is None:
             text = message.get("text")
             data: str | bytes = message["bytes"] if text is None else text
             if _larger(data, self._max_size):
                 self.code, self.reason = 1009, f"the message has more than {self._max_size} bytes"
+                self._forget_behind()
                 self._begin_close()
             else:
                 self._ahead.append(data)
@@ -623,24 +675,27 @@ class WebSocketExchange:
                 self._ask()
         self._wake()
 
-    def _on_sent(self, pending: Any) -> None:
-        # In the hub.
-        senders, self._senders = self._senders, None
-        for waiter in senders or ():
-            waiter.switch(None)
-
     def _wake(self) -> None:
         if self._receiver is not None:
             self._receiver.switch(None)
         if self.code is not None:
-            self._on_sent(None)
+            self._wake_senders()
+
+    def _wake_senders(self) -> None:
+        senders, self._senders = self._senders, None
+        for waiter in senders or ():
+            waiter.switch(None)
+
+    def _forget_behind(self) -> None:
+        self._behind = None
+        self._behind_size = 0
 
     def _begin_close(self, code: int | None = None) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             # It holds what the close needs.
             pending.cancel()
-        if self._proto is not None and self.status == 101:
+        if self._proto is not None and self.status == 101 and self._closing is None:
             message = {"type": "websocket.close", "code": code or self.code, "reason": self.reason}
             self._closing = next(self._proto.send(message))
 
@@ -648,6 +703,7 @@ class WebSocketExchange:
         watcher, self._watcher = self._watcher, None
         if watcher is None:
             return
+        self._forget_behind()
         # Done first: what is still under way keeps the transport from it, for it would wait for the client.  Then
         # the transport falls with the last reference.
         watcher.done()

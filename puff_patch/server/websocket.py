@@ -237,7 +237,8 @@ class WebSocket:
     def send(self, message: str | bytes, timeout: float | None = None) -> None:
         """Send a message, in one piece whoever else sends.
 
-        One message may be on its way; while the client is too slow to take it, the next one waits here.
+        It returns at once, and the message is sent in the background, unless 64 KiB wait already for a client that
+        is too slow to take them: then this waits.
 
         Args:
             message: a str is sent as text, anything bytes-like as binary.

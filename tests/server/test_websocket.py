@@ -191,6 +191,14 @@ def test_many_greenlets_send_while_one_receives(server: ServerProcess) -> None:
     ]
 
 
+def test_what_was_sent_before_the_close_comes_in_order(server: ServerProcess) -> None:
+    with RawWebSocket(server, "/backlog", size=4096) as ws:
+        received = [ws.receive() for _ in range(3501)]
+        assert ws.closed_with() == 4004
+    texts = [frame[1].decode().rstrip("x").rstrip() for frame in received if frame is not None]
+    assert texts == [*map(str, range(3000)), "y" * 500_000, *map(str, range(500))]
+
+
 def test_the_first_of_many_that_send_accepts(server: ServerProcess) -> None:
     with connect(url(server, "/all_at_once")) as ws:
         assert sorted(ws) == list("01234")

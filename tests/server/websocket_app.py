@@ -213,6 +213,16 @@ def try_to_pour(ws: WebSocket) -> None:
 
 
 @handle
+def backlog(ws: WebSocket) -> None:
+    for number in range(3000):
+        ws.send(f"{number} " + "x" * (number % 100))
+    ws.send("y" * 500_000)
+    for number in range(500):
+        ws.send(f"{number}")  # none of these waits
+    ws.close(4004, "all sent")
+
+
+@handle
 def clean_up(ws: WebSocket) -> None:
     ws.accept()
     try:
