@@ -422,7 +422,7 @@ class WebSocketExchange:
         # What waits to be sent.
         self._behind: deque[str | bytes] | None = None
         self._behind_size = 0
-        # What is under way in Granian: a receive, the accept or the last send, the close.
+        # What is under way in Granian, as futures: a receive, the accept or the last send, the close.
         self._pending: Any = None
         self._sent: Any = None
         self._closing: Any = None
@@ -449,7 +449,7 @@ class WebSocketExchange:
         # Granian's first message, which says that there is a client, is always there.
         next(self._proto.receive().__await__(), None)
         self.status = 101
-        self._sent = accepting = next(self._proto.send({"type": "websocket.accept", "subprotocol": subprotocol}))
+        self._sent = accepting = self._proto.send({"type": "websocket.accept", "subprotocol": subprotocol})
         self._ask()
         while self.code is None and not accepting.done():
             self._wait_for_room(None)
@@ -593,7 +593,9 @@ class WebSocketExchange:
     def _put(self, message: str | bytes) -> None:
         text, data = (message, None) if isinstance(message, str) else (None, message)
         # With both keys, for with one alone Granian takes what it cannot encode for nothing.
-        self._sent = next(self._proto.send({"type": "websocket.send", "text": text, "bytes": data}), None)
+        sent = self._proto.send({"type": "websocket.send", "text": text, "bytes": data})
+        # What it gives for a connection that it knows to be gone is no future.
+        self._sent = sent if hasattr(sent, "done") else None
 
     def _hook(self) -> None:
         """Have `_on_sent` called when what is under way is sent.  Granian takes one callback."""
@@ -646,7 +648,7 @@ class WebSocketExchange:
             and len(self._ahead) < _AHEAD_MESSAGES
             and self._ahead_size < _LOOKAHEAD
         ):
-            self._pending = pending = next(self._proto.receive().__await__())
+            self._pending = pending = self._proto.receive()
             pending.add_done_callback(self._on_message)
 
     def _on_message(self, pending: Any) -> None:
@@ -697,7 +699,7 @@ class WebSocketExchange:
             pending.cancel()
         if self._proto is not None and self.status == 101 and self._closing is None:
             message = {"type": "websocket.close", "code": code or self.code, "reason": self.reason}
-            self._closing = next(self._proto.send(message))
+            self._closing = self._proto.send(message)
 
     def _drop(self) -> None:
         watcher, self._watcher = self._watcher, None

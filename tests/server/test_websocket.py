@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +438,33 @@ def test_clients_that_vanish_without_a_word_are_noticed(strict: ServerProcess) -
         idle.vanish()
         busy.vanish()
         eventually(lambda: connections() == 0, 10)
+
+
+def test_clients_that_come_and_go_anyhow_leave_nothing_behind(start_server: StartServer) -> None:
+    server = start_server(command(client_timeout=3))
+    process = psutil.Process(server.process.pid)
+    limit = time.monotonic() + 1.5
+
+    def come_and_go(seed: int) -> None:
+        choice = random.Random(seed)
+        while time.monotonic() < limit:
+            with RawWebSocket(server, "/crowd", size=choice.choice([0, 4096])) as ws:
+                ws.sock.settimeout(0.1)
+                with contextlib.suppress(OSError):
+                    for _ in range(choice.randrange(5)):
+                        ws.send(choice.choice([frame(TEXT, b"x" * 1000), frame(PING), closing(1000), b"\x81\xfe"]))
+                        ws.sock.recv(choice.choice([10, 65536]))
+                if choice.random() < 0.5:  # reset
+                    ws.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with ThreadPoolExecutor(16) as threads:
+        for done in [threads.submit(come_and_go, seed) for seed in range(16)]:
+            done.result()
+    eventually(lambda: {one.status for one in process.net_connections()} == {psutil.CONN_LISTEN}, 10)
+    assert server.stop() == 0
+    output = server.output()
+    assert "The WebSocket /crowd failed" not in output
+    assert "StopIteration" not in output
 
 
 # Beside and after.
