@@ -4,5 +4,15 @@ from puff_patch.server.apps import Applications
 from puff_patch.server.front import ClientDisconnected
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.serve import serve
+from puff_patch.server.websocket import WebSocket, WebSocketClosed, WebSocketTimeout
 
-__all__ = ["Applications", "ClientDisconnected", "ServerError", "ServerOptions", "serve"]
+__all__ = [
+    "Applications",
+    "ClientDisconnected",
+    "ServerError",
+    "ServerOptions",
+    "WebSocket",
+    "WebSocketClosed",
+    "WebSocketTimeout",
+    "serve",
+]

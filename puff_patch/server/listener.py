@@ -143,8 +143,9 @@ def _open_tcp(options: ServerOptions) -> _socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if options.reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # Accepted sockets inherit it.
+        # Accepted sockets inherit these.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _watch_for_the_dead(sock, options.client_timeout)
         sock.bind(address)
         sock.listen(options.backlog)
         sock.setblocking(False)
@@ -152,6 +153,24 @@ def _open_tcp(options: ServerOptions) -> _socket.socket:
         sock.close()
         raise _explained(exc, host, port) from exc
     return sock
+
+
+def _watch_for_the_dead(sock: _socket.socket, seconds: float) -> None:
+    """Have the kernel close connections whose peer is gone without a word, after about ``seconds``.
+
+    A WebSocket may be silent for hours, and the front cannot send it a ping.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    whole = min(max(1, int(seconds)), 32767)
+    for name, value in (
+        ("TCP_KEEPIDLE", whole),
+        ("TCP_KEEPINTVL", max(1, whole // 4)),
+        ("TCP_KEEPCNT", 4),
+        # Of what was sent: how long it may remain without an acknowledgement or room at the peer, in ms.
+        ("TCP_USER_TIMEOUT", min(int(seconds * 1000), 2**31 - 1)),
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _explained(exc: OSError, host: str, port: int) -> ServerError:

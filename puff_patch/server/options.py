@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from puff_patch.server.filters import CompressionOptions, CorsOptions, Filter, StaticFiles
+
+_FRONT_MESSAGE_SIZE = 64 * 1024 * 1024
 
 
 class ServerError(RuntimeError):
@@ -46,6 +49,13 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
+        max_websockets: how many WebSockets are open at a time, which do not count as requests; further ones are
+            refused with 503.
+        websocket_max_size: bytes of a message that a WebSocket's client may send; a larger one closes it (1009).
+        websocket_origins: which web sites may open WebSockets besides the server's own, each as browsers name them
+            in the header Origin (``https://example.com``), or ``"*"`` for any.  Others are refused with 403.
+        websocket_require_origin: refuse with 403 the WebSockets of clients that send no Origin: they are no
+            browsers.
         access_log_format: ``"text"``, or ``"json"`` for one object a line.
         request_ids: give each request an id in ``X-Request-ID``, or take it from a trusted proxy.
         trusted_proxies: addresses and networks (``10.0.0.0/8``) of proxies that say truly which client, scheme and
@@ -102,6 +112,10 @@ class ServerOptions:
     compression: CompressionOptions | None = None
     cors: CorsOptions | None = None
     static: tuple[StaticFiles, ...] = ()
+    max_websockets: int = 10000
+    websocket_max_size: int = 1024 * 1024
+    websocket_origins: tuple[str, ...] = ()
+    websocket_require_origin: bool = False
     filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
 
@@ -110,7 +124,14 @@ class ServerOptions:
             raise ValueError(f'http must be "auto", "1" or "2", not {self.http!r}')
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, not {self.port}")
-        for name in ("backlog", "max_connections", "max_greenlets", "http2_max_concurrent_streams"):
+        for name in (
+            "backlog",
+            "max_connections",
+            "max_greenlets",
+            "http2_max_concurrent_streams",
+            "max_websockets",
+            "websocket_max_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_queued < 0:
@@ -122,6 +143,14 @@ class ServerOptions:
         for name in ("idle_timeout", "client_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.websocket_max_size > _FRONT_MESSAGE_SIZE:
+            raise ValueError(
+                f"websocket_max_size must be at most {_FRONT_MESSAGE_SIZE}, which is what the front takes, not "
+                f"{self.websocket_max_size}"
+            )
+        for origin in self.websocket_origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise ValueError(f"an origin looks like https://example.com, or is '*', unlike {origin!r}")
         self._check_ssl()
         if self.graceful_timeout < 0:
             raise ValueError(f"graceful_timeout must not be negative, not {self.graceful_timeout}")

@@ -21,10 +21,11 @@ from puff_patch.server.admission import Admission, Refusal
 from puff_patch.server.apps import Applications
 from puff_patch.server.filters import Answer, Life, Responder
 from puff_patch.server.filters.build import build_filters
-from puff_patch.server.front import ClientDisconnected, Exchange, Front
+from puff_patch.server.front import ClientDisconnected, Exchange, Front, WebSocketExchange
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.tls import TLS, check_tls
+from puff_patch.server.websocket import WebSockets, no_application, upgrade_required
 from puff_patch.server.wsgi import WSGIHandler
 
 if TYPE_CHECKING:
@@ -79,17 +80,19 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
 
 class _Server:
     def __init__(self, apps: Applications, options: ServerOptions, listener: Listener, tls: TLS | None) -> None:
-        if apps.wsgi is None or apps.asgi is not None or apps.websockets:
-            raise ServerError("only a WSGI application can be served for now")
+        if apps.asgi is not None:
+            raise ServerError("no ASGI application can be served for now")
         self._life = Life()
         try:
             self._filters = build_filters(options, self._life)
+            self._websockets = WebSockets(apps.websockets, options, self._filters)
         except (ValueError, ImportError) as exc:
             raise ServerError(str(exc)) from exc
         self._options = options
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
-        self._handler = WSGIHandler(apps.wsgi, listener.address)
+        self._apps = apps
+        self._handler = WSGIHandler(apps.wsgi or no_application, listener.address)
         self._front = Front(
             listener,
             self._on_request,
@@ -102,6 +105,8 @@ class _Server:
             http2_max_concurrent_streams=options.http2_max_concurrent_streams,
             tls=tls,
             filters=self._filters,
+            on_websocket=self._on_websocket if apps.websockets else None,
+            websocket_max_size=options.websocket_max_size,
         )
         self._admission = Admission(options, self._front.active)
         self._signals = 0
@@ -120,6 +125,7 @@ class _Server:
                 code = self._stop()
             finally:
                 self._pool.close()
+                self._websockets.close()
                 for hook in self._options.on_stop:
                     try:
                         hook()
@@ -135,6 +141,8 @@ class _Server:
             self._refuse(exchange, refused)
         elif responder is not None:
             self._pool.submit(self._answer, responder, exchange)
+        elif self._apps.wsgi is None and self._websockets.find(exchange.scope) is not None:
+            self._pool.submit(self._answer, upgrade_required, exchange)
         else:
             self._pool.submit(self._handler, exchange)
 
@@ -149,6 +157,13 @@ class _Server:
             gevent.spawn(_discard, exchange)
         else:
             exchange.release()
+
+    def _on_websocket(self, exchange: WebSocketExchange) -> None:
+        found = self._websockets.find(exchange.scope)
+        if found is not None:
+            self._websockets.begin(exchange, *found)
+        else:
+            self._websockets.refuse(exchange)
 
     def _answer(self, responder: Responder, exchange: Exchange) -> None:
         """Have a filter's answer sent instead of an application's."""
@@ -180,7 +195,12 @@ class _Server:
 
     def _stop(self) -> int:
         limit = time.monotonic() + self._options.graceful_timeout
-        logger.info("Stopping: %d requests are running", self._pool.running + self._pool.waiting)
+        logger.info(
+            "Stopping: %d requests are running, and %d WebSockets open",
+            self._pool.running + self._pool.waiting,
+            self._websockets.running,
+        )
+        self._websockets.go_away()
         # From now on, whoever has a connection is asked to close it with the next response.
         self._handler.closing = True
         self._life.stopping = True
@@ -190,7 +210,9 @@ class _Server:
         self._wait_quiet(limit if filtered else min(limit, time.monotonic() + _UNFILTERED))
         self._front.stop()
         while not self._forced.is_set() and time.monotonic() < limit:
-            if self._front.wait_stopped(_POLL):
+            if self._websockets.running:
+                self._forced.wait(_POLL)
+            elif self._front.wait_stopped(_POLL):
                 return 0
         return self._cut()
 
@@ -213,7 +235,7 @@ class _Server:
 
     def _cut(self) -> int:
         """End what has not ended in time."""
-        cut = self._pool.kill(timeout=_LAST_SECONDS / 2)
+        cut = self._pool.kill(timeout=_LAST_SECONDS / 2) + self._websockets.kill(timeout=_LAST_SECONDS / 2)
         connections = self._front.reset_connections()
         why = "a second signal came" if self._forced.is_set() else f"{self._options.graceful_timeout:g} s are over"
         logger.warning("Cut %d running requests and %d connections: %s", cut, connections, why)

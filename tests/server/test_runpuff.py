@@ -163,6 +163,7 @@ def test_port_in_use(debug_server: ServerProcess) -> None:
         ([], {"PROJECT_APPLICATION": "no_such.application"}, "No module named 'no_such'"),
         ([], {"PROJECT_APPLICATION": "project_wsgi.missing"}, '"missing"'),
         ([], {"PROJECT_APPLICATION": "project_wsgi.number"}, "is not callable but int"),
+        ([], {"PROJECT_PUFF": '{"websockets": {"/x": "no_such.handler"}}'}, "cannot be loaded: No module named"),
     ],
 )
 def test_clear_errors(arguments: list[str], env: dict[str, str], message: str) -> None:

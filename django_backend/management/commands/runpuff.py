@@ -79,7 +79,8 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Check the project, then serve it."""
-        from puff_patch.server import ServerError, ServerOptions, serve
+        from django_backend.websocket import get_handlers
+        from puff_patch.server import Applications, ServerError, ServerOptions, serve
 
         host, port = _address(options["addrport"])
         if options["workers"] != 1:
@@ -105,6 +106,10 @@ class Command(BaseCommand):
         if options["embedded"]:
             self._start_embedded()
         application = _application(nostatic=options["nostatic"], insecure=options["insecure"])
+        try:
+            websockets = get_handlers()
+        except ImproperlyConfigured as exc:
+            raise CommandError(str(exc)) from exc
         if not options["skip_checks"]:
             self.stdout.write("Performing system checks...\n")
             self.check(display_num_errors=True)
@@ -119,7 +124,7 @@ class Command(BaseCommand):
             "Quit the server with CONTROL-C."
         )
         try:
-            code = serve(application, server_options)
+            code = serve(Applications(wsgi=application, websockets=websockets), server_options)
         except ServerError as exc:
             raise CommandError(str(exc)) from exc
         if code:
