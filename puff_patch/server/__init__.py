@@ -4,5 +4,6 @@ from puff_patch.server.apps import Applications
 from puff_patch.server.front import ClientDisconnected
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.serve import serve
+from puff_patch.server.supervisor import is_worker, run
 
-__all__ = ["Applications", "ClientDisconnected", "ServerError", "ServerOptions", "serve"]
+__all__ = ["Applications", "ClientDisconnected", "ServerError", "ServerOptions", "is_worker", "run", "serve"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from gevent.event import Event
 from gevent.hub import Waiter
 
 from puff_patch.runtime import Mailbox
-from puff_patch.server.connections import is_connected, reset_all
+from puff_patch.server.connections import accepted_at, is_connected, reset_all
 from puff_patch.server.filters import Encoder, Filters
-from puff_patch.server.listener import Listener
+from puff_patch.server.listener import Listener, open_nowhere
 from puff_patch.server.options import ServerError
 
 TESTED_VERSIONS = ((2, 8, 7), (2, 9))
@@ -110,6 +111,7 @@ class Front:
         self._mailbox = mailbox = Mailbox.current()
         self._loop = _Loop(mailbox)
         self._end: int | str = listener.path or listener.address[1]
+        self._listening = listener.dup_fd()
         self._on_request = on_request
         self._client_timeout = client_timeout
         self._filters = filters
@@ -128,7 +130,7 @@ class Front:
         self._scheduler._schedule_fn = schedule
         self._worker = worker_type(
             1,  # worker_id
-            (None, holder_type(listener.dup_fd(), listener.path is not None, listener.backlog)),
+            (None, holder_type(self._listening, listener.path is not None, listener.backlog)),
             None,  # ipc
             1,  # threads
             512,  # blocking_threads
@@ -150,6 +152,12 @@ class Front:
         _redirect_log(self._mailbox)
         self._serve(self._scheduler, self._loop, self._signal)
 
+    def stop_accepting(self) -> None:
+        """Leave new connections to the other processes that accept from the same socket; those there are go on."""
+        with contextlib.closing(open_nowhere()) as nowhere:
+            # The front accepts from this number, and finds from now on that there is nobody.
+            os.dup2(nowhere.fileno(), self._listening, inheritable=False)
+
     def stop(self) -> None:
         """Accept no more, close idle connections, let the others finish their request. Returns at once."""
         self._signal.set()
@@ -164,6 +172,10 @@ class Front:
             False if the time ran out.
         """
         return bool(self._stopped.wait(timeout))
+
+    def has_connections(self) -> bool:
+        """Whether any client is connected; True where it cannot be told."""
+        return not os.path.isdir("/proc/self/fd") or any(True for _ in accepted_at(self._end))
 
     def reset_connections(self) -> int:
         """Reset every client's connection, whatever it is doing.

@@ -11,6 +11,8 @@ import socket
 import stat
 import struct
 import sys
+import tempfile
+from collections.abc import Sequence
 
 from puff_patch.server.options import ServerError, ServerOptions
 
@@ -28,6 +30,26 @@ _DROP_SYN = (
 )
 
 
+Instruction = tuple[int, int, int, int]
+"""Of classic BPF: operation, jumps if true and if false, constant."""
+
+
+def attach(sock: _socket.socket, option: int, program: Sequence[Instruction]) -> bool:
+    """Have the kernel run a program of classic BPF for a socket; return False if it will not.
+
+    Args:
+        sock: the socket.
+        option: the option of setsockopt(2), at the level SOL_SOCKET, that takes such a program.
+        program: its instructions.
+    """
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("HP", len(program), ctypes.addressof(code)))
+    except OSError:
+        return False
+    return True
+
+
 class Listener:
     """A bound and listening socket, TCP or Unix.
 
@@ -37,15 +59,23 @@ class Listener:
 
     Args:
         options: ``host``, ``port``, ``uds``, ``backlog`` and ``reuse_port`` are read.
+        shared: a socket that listens already, which others use and close.
 
     Raises:
         ServerError: the address is in use, not allowed or not of this machine; the message names it.
     """
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, shared: _socket.socket | None = None) -> None:
         self.path = options.uds
         self.backlog = options.backlog
-        self._socket = _open_tcp(options) if options.uds is None else _open_unix(options.uds, options.backlog)
+        self._shared = shared is not None
+        if shared is not None:
+            self._socket = shared
+        elif options.uds is None:
+            self._socket = bind_tcp(options)
+            self._socket.listen(options.backlog)
+        else:
+            self._socket = _open_unix(options.uds, options.backlog)
         self._inode = None if options.uds is None else _inode(options.uds)
 
     @property
@@ -82,14 +112,7 @@ class Listener:
             return True
         if not sys.platform.startswith("linux"):
             return False
-        code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)
-        buffer = ctypes.create_string_buffer(code)
-        program = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(buffer))
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-        except OSError:
-            return False
-        return True
+        return attach(self._socket, _SO_ATTACH_FILTER, _DROP_SYN)
 
     def queued(self) -> int:
         """How many connections wait to be accepted; 0 where the platform does not tell."""
@@ -100,8 +123,9 @@ class Listener:
         return queued
 
     def close(self) -> None:
-        """Close the socket, and remove the Unix socket's path if it is still ours."""
-        self._unlink()
+        """Close the socket, and remove the Unix socket's path if it is still ours and no others listen there."""
+        if not self._shared:
+            self._unlink()
         self._socket.close()
 
     def _unlink(self) -> None:
@@ -110,7 +134,12 @@ class Listener:
                 os.unlink(self.path)
 
 
-def _open_tcp(options: ServerOptions) -> _socket.socket:
+def bind_tcp(options: ServerOptions) -> _socket.socket:
+    """Return a socket bound to the options' host and port, and not listening yet.
+
+    Raises:
+        ServerError: see `Listener`.
+    """
     host, port = options.host, options.port
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -127,7 +156,6 @@ def _open_tcp(options: ServerOptions) -> _socket.socket:
         # Accepted sockets inherit it.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.bind(address)
-        sock.listen(options.backlog)
         sock.setblocking(False)
     except OSError as exc:
         sock.close()
@@ -149,6 +177,16 @@ def _explained(exc: OSError, host: str, port: int) -> ServerError:
     if exc.errno == errno.EADDRNOTAVAIL:
         return ServerError(f"Cannot listen on {where}: the address is not one of this machine.")
     return ServerError(f"Cannot listen on {where}: {exc.strerror or exc}.")
+
+
+def open_nowhere() -> _socket.socket:
+    """Return a socket that listens where nobody can find it."""
+    sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with tempfile.TemporaryDirectory(prefix="puff-") as folder:
+        sock.bind(os.path.join(folder, "nowhere"))
+        sock.listen(1)
+    sock.setblocking(False)
+    return sock
 
 
 def _open_unix(path: str, backlog: int) -> _socket.socket:

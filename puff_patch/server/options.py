@@ -30,6 +30,14 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
+        workers: how many processes serve; 0 is one for each CPU that this process may use. More than one are
+            started and kept up by this one, see `puff_patch.server.supervisor`.
+        worker_start_timeout: seconds that a worker may take to load the application.
+        max_requests: after how many requests a worker is replaced, against leaks of memory; 0 for never.
+        max_requests_jitter: up to how many more, at random, so that workers are not all replaced at one time.
+        reload: replace the workers whenever a file of the program changes; for development.
+        reload_dirs: folders to watch for that. By default the working directory, and those of the import path that
+            are not Python's own.
         filters: what every request and response goes through, see `puff_patch.server.filters`.
         on_stop: called in order after the last request, also after a forced stop; to close pools, for one.
     """
@@ -45,6 +53,12 @@ class ServerOptions:
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
+    workers: int = 1
+    worker_start_timeout: float = 60.0
+    max_requests: int = 0
+    max_requests_jitter: int = 0
+    reload: bool = False
+    reload_dirs: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
 
@@ -56,7 +70,11 @@ class ServerOptions:
         for name in ("backlog", "max_connections", "max_greenlets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.client_timeout <= 0:
-            raise ValueError(f"client_timeout must be positive, not {self.client_timeout}")
+        for name in ("workers", "max_requests", "max_requests_jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("client_timeout", "worker_start_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.graceful_timeout < 0:
             raise ValueError(f"graceful_timeout must not be negative, not {self.graceful_timeout}")

@@ -58,6 +58,7 @@ class WSGIHandler:
         app: the application.
         address: host and port the server listens on, ``("", 0)`` for a Unix socket.
         access_log: log one line a request.
+        multiprocess: whether other processes run the application as well.
 
     Attributes:
         closing: set it to have every further HTTP/1 response ask the client to close its connection.
@@ -65,7 +66,14 @@ class WSGIHandler:
         http1_begun: how many requests of HTTP/1 have begun so far.
     """
 
-    def __init__(self, app: WSGIApplication, address: tuple[str, int], *, access_log: bool = False) -> None:
+    def __init__(
+        self,
+        app: WSGIApplication,
+        address: tuple[str, int],
+        *,
+        access_log: bool = False,
+        multiprocess: bool = False,
+    ) -> None:
         self.app = app
         self.closing = False
         self.http2_running = 0
@@ -83,7 +91,7 @@ class WSGIHandler:
             "wsgi.version": (1, 0),
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
+            "wsgi.multiprocess": multiprocess,
             "wsgi.run_once": False,
             "wsgi.input_terminated": True,
             "wsgi.file_wrapper": FileWrapper,

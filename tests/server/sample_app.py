@@ -26,7 +26,7 @@ from wsgiref.validate import validator
 
 import gevent
 
-from puff_patch.server import ServerError, ServerOptions, serve
+from puff_patch.server import ServerError, ServerOptions, run
 
 Environ = dict[str, Any]
 Start = Callable[..., Callable[[bytes], object]]
@@ -382,7 +382,7 @@ def stop_slowly() -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code = serve(application, ServerOptions(**json.loads(sys.argv[1]), on_stop=(stop_slowly,)))
+        code = run(lambda: application, ServerOptions(**json.loads(sys.argv[1]), on_stop=(stop_slowly,)))
     except ServerError as error:
         sys.exit(f"error: {error}")
     sys.exit(code)
