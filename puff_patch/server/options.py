@@ -62,6 +62,11 @@ class ServerOptions:
     filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
 
+    @property
+    def supervised(self) -> bool:
+        """Whether worker processes serve, and not the one that is told to."""
+        return self.workers != 1 or self.reload or self.max_requests > 0
+
     def __post_init__(self) -> None:
         if self.http not in ("auto", "1", "2"):
             raise ValueError(f'http must be "auto", "1" or "2", not {self.http!r}')

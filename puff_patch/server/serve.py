@@ -23,6 +23,7 @@ from puff_patch.server.filters import Filters, Responder
 from puff_patch.server.front import ClientDisconnected, Exchange, Front
 from puff_patch.server.link import CUT, GO, LEAVE, READY, REPLACE, STOP, Link, link
 from puff_patch.server.listener import Listener
+from puff_patch.server.notify import notify
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.wsgi import WSGIHandler
 
@@ -123,6 +124,7 @@ class _Server:
                 running.enter_context(_on_signals(self._on_signal, signal.SIGTERM, signal.SIGINT))
                 self._front.start()
                 print(f"puff_patch is listening on {self._listener.url}", flush=True)
+                notify("READY=1")
             else:
                 running.enter_context(_on_signals(self._ask_to_be_replaced, signal.SIGTERM))
                 running.enter_context(self._supervisor.listening(self._on_message))
@@ -184,6 +186,8 @@ class _Server:
         self._go.set()
 
     def _stop(self) -> int:
+        if self._supervisor is None:
+            notify("STOPPING=1")
         limit = limit_of_quiet = time.monotonic() + self._options.graceful_timeout
         logger.info("Stopping: %d requests are running", self._pool.running + self._pool.waiting)
         # From now on, whoever has a connection is asked to close it with the next response.

@@ -33,6 +33,7 @@ from puff_patch.server.apps import Applications
 from puff_patch.server.cpus import usable_cpus
 from puff_patch.server.group import ListenerGroup
 from puff_patch.server.link import CUT, GO, GROUP_SIGNALS, LEAVE, READY, REPLACE, STOP, VARIABLE, link
+from puff_patch.server.notify import notify
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.serve import serve
 from puff_patch.server.watcher import Watcher, watch
@@ -78,7 +79,7 @@ def run(
         ServerError: see `puff_patch.server.serve`.
     """
     options = options or ServerOptions()
-    if is_worker() or not (options.workers != 1 or options.reload or options.max_requests):
+    if is_worker() or not options.supervised:
         return serve(load(), options)
     if command is None:
         if not sys.executable:
@@ -183,9 +184,8 @@ class Supervisor:
                         return self._code
                     self._wait(wake)
             finally:
+                # There are some only if this failed: they hear of it, and end.
                 for worker in self._workers():
-                    self._kill(worker)
-                    get_original("os", "waitpid")(worker.pid, 0)
                     worker.link.close()
 
     def _workers(self) -> list[_Worker]:
@@ -241,8 +241,7 @@ class Supervisor:
             self._on_signal(self._came.pop(0))
         if self._watcher is not None and not self._stopping and (changed := self._watcher.changes()):
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            print(f"puff_patch: {changed[0]}{more} changed, reloading", flush=True)
-            self._waits_for_change = False
+            _say(f"puff_patch: {changed[0]}{more} changed, reloading")
             self._reload()
         now = time.monotonic()
         for worker in self._workers():
@@ -299,7 +298,7 @@ class Supervisor:
     def _start_missing(self, now: float) -> None:
         for slot in self._slots:
             if slot.worker is None and now >= slot.not_before and not self._waits_for_change:
-                slot.worker = self._start(slot.number)
+                slot.worker = self._start(slot)
             if not self._proven:
                 return  # the first one shows whether they can be started at all
 
@@ -313,13 +312,14 @@ class Supervisor:
             if worker is None or now < slot.not_before:
                 continue
             if worker.unwanted or worker.generation < self._generation:
-                slot.successor = self._start(slot.number)
+                slot.successor = self._start(slot)
                 return
 
-    def _start(self, number: int) -> _Worker:
+    def _start(self, slot: _Slot) -> _Worker | None:
+        """Start a worker; return None if the system could not, which is logged."""
         ours, theirs = _socket.socketpair()
         try:
-            fd = self._listeners.of(number - 1).dup_fd()
+            fd = self._listeners.of(slot.number - 1).dup_fd()
             try:
                 ours.sendmsg([b"l"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
             finally:
@@ -330,9 +330,15 @@ class Supervisor:
             pid = get_original("os", "posix_spawn")(
                 self._command[0], self._command, environ, setsigmask=[*blocked, *GROUP_SIGNALS]
             )
+        except OSError as exc:
+            ours.close()
+            delay = slot.lost(time.monotonic(), proven=False) or _FIRST_DELAY
+            slot.not_before = time.monotonic() + delay
+            logger.error("Worker %d cannot be started: %s; the next try is %s", slot.number, exc, _when(delay))
+            return None
         finally:
             theirs.close()
-        return _Worker(number, pid, ours, self._generation, time.monotonic())
+        return _Worker(slot.number, pid, ours, self._generation, time.monotonic())
 
     def _on_ready(self, worker: _Worker) -> None:
         if self._stopping or worker.leaving:
@@ -360,7 +366,8 @@ class Supervisor:
             self._serving = True
             for worker in workers:
                 worker.tell(GO)
-            print(f"puff_patch is listening on {self._listeners.url}", flush=True)
+            _say(f"puff_patch is listening on {self._listeners.url}")
+            notify("READY=1")
 
     def _on_death(self, worker: _Worker, code: int) -> None:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -408,6 +415,7 @@ class Supervisor:
 
     def _reload(self) -> None:
         self._generation += 1
+        self._waits_for_change = False
         for slot in self._slots:
             slot.not_before = 0.0
             slot.deaths = 0
@@ -440,6 +448,7 @@ class Supervisor:
                 worker.limit = time.monotonic() + _LAST_SECONDS
             return
         self._stopping = True
+        notify("STOPPING=1")
         self._listeners.turn_away()
         limit = time.monotonic() + self._options.graceful_timeout + _LAST_SECONDS
         for slot in self._slots:
@@ -456,6 +465,12 @@ class Supervisor:
     def _kill(self, worker: _Worker) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGKILL)
+
+
+def _say(line: str) -> None:
+    """Print a line; that nobody reads is no reason to end."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, flush=True)
 
 
 def _when(delay: float) -> str:

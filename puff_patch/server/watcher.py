@@ -5,12 +5,13 @@ With watchfiles (``pip install 'puff-patch[reload]'``) the system tells, otherwi
 
 from __future__ import annotations
 
+import logging
 import os
 import site
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 from gevent.monkey import get_original
 
 from puff_patch.server.options import ServerError
+
+logger = logging.getLogger("puff_patch.server")
 
 # What a program is made of; and of the folders of templates, every file.
 _SUFFIXES = frozenset({".py", ".toml", ".env", ".html", ".graphql"})
@@ -51,12 +54,20 @@ def watch(folders: Iterable[str] = ()) -> Iterator[Watcher]:
     for folder in watched:
         if not os.path.isdir(folder):
             raise ServerError(f"cannot watch {folder} for changes: there is no such folder")
+    events = _events(watched)
+    if events is None:
+        yield Poller(watched)
+        return
+    with closing(events):
+        yield _Events(events)
+
+
+def _events(watched: list[str]) -> Generator[set[tuple[Any, str]], None, None] | None:
+    """What watchfiles sees; None where it is not installed, or cannot see anything."""
     try:
         import watchfiles
     except ImportError:
-        yield Poller(watched)
-        return
-
+        return None
     events = watchfiles.watch(
         *watched,
         watch_filter=lambda _, path: is_of_program(path, watched),
@@ -66,8 +77,12 @@ def watch(folders: Iterable[str] = ()) -> Iterator[Watcher]:
         step=int(_QUIET * 1000),
         rust_timeout=1,
     )
-    with closing(events):
-        yield _Events(events)
+    try:
+        next(events)  # it begins now
+    except (OSError, RuntimeError) as exc:
+        logger.warning("watchfiles cannot watch, so files are looked at again and again: %s", exc)
+        return None
+    return events
 
 
 def program_folders() -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from server_process import ServerProcess, StartServer
+from server_process import ServerProcess, StartServer, sample_command
 
 from puff_patch.server import cpus
 
@@ -74,8 +75,12 @@ def are_gone(pids: set[int]) -> bool:
     return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
 
 
-def test_all_serve_on_one_port_and_stop_together(start_server: StartServer) -> None:
-    server = start_server(workers=2)
+def test_all_serve_on_one_port_and_stop_together(start_server: StartServer, tmp_path: Path) -> None:
+    systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    systemd.bind(str(tmp_path / "notify"))
+    systemd.settimeout(5)
+    server = start_server(workers=2, env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    assert systemd.recv(100) == b"READY=1"
     pids = serving(server)
     assert pids == workers(server)
     assert server.json("/show_environ")["wsgi.multiprocess"] == "True"
@@ -88,11 +93,13 @@ def test_all_serve_on_one_port_and_stop_together(start_server: StartServer) -> N
     assert time.monotonic() - began < 5
     assert server.output().count("on_stop was called") == 2
     assert are_gone(pids)
+    assert systemd.recv(100) == b"STOPPING=1"
+    systemd.close()
 
 
 def test_reloads_and_restarts_under_load_lose_nothing() -> None:
-    """Eight seconds of what ``tests/soak/sigterm_soak.py`` does for longer."""
-    done = subprocess.run([sys.executable, str(SOAK), "8", "2"], capture_output=True, text=True, timeout=90)
+    """Five seconds of what ``tests/soak/sigterm_soak.py`` does for longer."""
+    done = subprocess.run([sys.executable, str(SOAK), "5", "2"], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SIGHUP" in done.stdout
 
@@ -173,32 +180,33 @@ def test_worker_is_replaced_after_so_many_requests(start_server: StartServer) ->
     eventually(lambda: first not in workers(server))
 
 
-def test_interrupt_from_the_terminal_reaches_all_and_ends_them_once(start_server: StartServer) -> None:
-    server = start_server([sys.executable, "-c", _NEW_GROUP, *_sample(workers=2)])
-    nap = begin(server, 0.6)
-    os.killpg(server.process.pid, signal.SIGINT)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_all_processes_ends_them_once(start_server: StartServer, signum: int) -> None:
+    """Ctrl-C in a terminal; and what systemd does to a control group."""
+    server = start_server([sys.executable, "-c", _NEW_GROUP, *sample_command(workers=2)])
+    nap = begin(server, 0.5)
+    os.killpg(server.process.pid, signum)
     finish(nap)
     assert server.wait() == 0
     assert "Traceback" not in server.output()
     assert server.output().count("on_stop was called") == 2
 
 
-def test_all_of_a_control_group_are_told_to_end(start_server: StartServer) -> None:
-    """What systemd does: SIGTERM to each process at the same time."""
-    server = start_server([sys.executable, "-c", _NEW_GROUP, *_sample(workers=2)])
-    nap = begin(server, 0.6)
-    os.killpg(server.process.pid, signal.SIGTERM)
-    finish(nap)
-    assert server.wait() == 0
-
-
 _NEW_GROUP = "import os, sys; os.setpgid(0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def _sample(**options: Any) -> list[str]:
-    from server_process import sample_command
-
-    return sample_command(**options)
+def test_server_ends_with_its_terminal() -> None:
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, sample_command(workers=2))
+    with open(terminal, "rb", buffering=0) as screen:
+        shown = b""
+        while b"listening on" not in shown:
+            shown += screen.read(4096)
+        pids = {child.pid for child in psutil.Process(pid).children()}
+    assert len(pids) == 2
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert are_gone(pids)
 
 
 def test_second_signal_cuts_running_requests(start_server: StartServer) -> None:
@@ -215,6 +223,7 @@ def test_second_signal_cuts_running_requests(start_server: StartServer) -> None:
     nap.close()
 
 
+@pytest.mark.skipif("PUFF_SOAK_SECONDS" not in os.environ, reason="waits for long; PUFF_SOAK_SECONDS=1 runs it")
 def test_worker_that_hangs_is_killed(start_server: StartServer) -> None:
     server = start_server(workers=2, graceful_timeout=0)
     pids = serving(server)
@@ -261,7 +270,9 @@ def test_unix_socket(start_server: StartServer, tmp_path: Path) -> None:
 def test_port_in_use_is_noticed_though_workers_share_one(start_server: StartServer) -> None:
     server = start_server(workers=2)
     for count in (1, 2):
-        done = subprocess.run(_sample(port=server.port, workers=count), capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            sample_command(port=server.port, workers=count), capture_output=True, text=True, timeout=20
+        )
         assert done.returncode == 1
         assert f"port {server.port} is in use" in done.stderr
 

@@ -147,6 +147,8 @@ class Command(BaseCommand):
             self._start_embedded()
         if not is_worker():
             self._look_before(host, skip_checks=options["skip_checks"])
+            if server_options.supervised:
+                puff_patch.close_pools()  # this process needs them no more
 
         def application() -> Any:
             return _application(nostatic=options["nostatic"], insecure=options["insecure"])
