@@ -61,7 +61,7 @@ def begin(server: ServerProcess, seconds: float) -> http.client.HTTPConnection:
     """Have a request that takes its time run in one of the workers."""
     connection = server.http()
     connection.request("GET", f"/nap?seconds={seconds:g}")
-    time.sleep(0.15)
+    time.sleep(0.1)
     return connection
 
 
@@ -111,10 +111,14 @@ def test_reload_replaces_all_and_leaks_nothing(start_server: StartServer) -> Non
     kept = server.http()
     kept.request("GET", "/hello")
     kept.getresponse().read()
-    for _ in range(2):
-        nap = begin(server, 0.4)
+    for round_ in (1, 2):
+        naps = [begin(server, 1.2) for _ in range(4)]
         server.signal(signal.SIGHUP)
-        finish(nap)
+        eventually(lambda: server.output().count("Stopping") == 2 * round_)  # noqa: B023
+        # The old ones are still there, and take no new clients.
+        assert {server.json("/own_pid") for _ in range(20)}.isdisjoint(before)
+        for nap in naps:
+            finish(nap)
         after = eventually(lambda: len(now := workers(server)) == 2 and not now & before and now)  # noqa: B023
         assert after == serving(server)
         before = after
