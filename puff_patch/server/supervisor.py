@@ -226,7 +226,7 @@ class Supervisor:
         busy = (
             self._stopping
             or self._leaving
-            or any(slot.worker is None or slot.is_starting() for slot in self._slots)
+            or any(slot.is_starting() or slot.worker is None or slot.worker.unwanted for slot in self._slots)
         )
         poll.poll((_TICK if busy or self._watcher is not None else _LONG_TICK) * 1000)
         with contextlib.suppress(BlockingIOError):
@@ -332,6 +332,8 @@ class Supervisor:
             )
         except OSError as exc:
             ours.close()
+            if not self._proven:
+                raise ServerError(f"cannot start a worker with {self._command[0]}: {exc}") from exc
             delay = slot.lost(time.monotonic(), proven=False) or _FIRST_DELAY
             slot.not_before = time.monotonic() + delay
             logger.error("Worker %d cannot be started: %s; the next try is %s", slot.number, exc, _when(delay))
@@ -370,7 +372,7 @@ class Supervisor:
             notify("READY=1")
 
     def _on_death(self, worker: _Worker, code: int) -> None:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {_name_of(-code)}"
         if worker in self._leaving:
             self._leaving.remove(worker)
             if code and worker.ready:
@@ -471,6 +473,13 @@ def _say(line: str) -> None:
     """Print a line; that nobody reads is no reason to end."""
     with contextlib.suppress(OSError, ValueError):
         print(line, flush=True)
+
+
+def _name_of(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
 
 
 def _when(delay: float) -> str:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from server_process import ServerProcess, StartServer, sample_command
 
-from puff_patch.server import cpus
+from puff_patch.server import ServerError, ServerOptions, cpus, run
 
 SOAK = Path(__file__).parent.parent / "soak" / "sigterm_soak.py"
 
@@ -402,6 +402,14 @@ def test_reload_waits_for_a_program_that_can_be_started(program: Program, tmp_pa
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_command_that_cannot_be_run() -> None:
+    def load() -> Any:
+        raise AssertionError("the supervisor does not load the application")
+
+    with pytest.raises(ServerError, match="cannot start a worker with /no/such/python"):
+        run(load, ServerOptions(port=0, workers=2), command=["/no/such/python", "app.py"])
 
 
 def test_quota_of_a_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
