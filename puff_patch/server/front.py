@@ -30,7 +30,7 @@ from gevent.hub import Waiter
 
 from puff_patch.runtime import Mailbox
 from puff_patch.server.admission import refusal
-from puff_patch.server.connections import IdleCutter, is_connected, peer_of, reset_all
+from puff_patch.server.connections import IdleCutter, accepted_at, is_connected, peer_of, reset_all
 from puff_patch.server.filters import Encoder, Filters
 from puff_patch.server.listener import Listener, open_nowhere
 from puff_patch.server.options import ServerError
@@ -250,6 +250,13 @@ class Front:
         if self._has_tls:
             self._keepers.append(gevent.spawn(self._mind_files))
 
+    def stop_accepting(self) -> None:
+        """Leave new connections to the other processes that accept from the same socket; those there are go on."""
+        gevent.killall(self._keepers, block=False)  # one of them would undo this
+        with contextlib.closing(open_nowhere()) as nowhere:
+            # The front accepts from this number, and finds from now on that there is nobody.
+            os.dup2(nowhere.fileno(), self._listening, inheritable=False)
+
     def stop(self) -> None:
         """Accept no more, close idle connections, let the others finish their request. Returns at once."""
         # First, for afterwards the number that Granian accepts from may be another's.
@@ -266,6 +273,10 @@ class Front:
             False if the time ran out.
         """
         return bool(self._stopped.wait(timeout))
+
+    def has_connections(self) -> bool:
+        """Whether any client is connected; True where it cannot be told."""
+        return not os.path.isdir("/proc/self/fd") or any(True for _ in accepted_at(self._end))
 
     def reset_connections(self) -> int:
         """Reset every client's connection, whatever it is doing.

@@ -49,6 +49,14 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
+        workers: how many processes serve; 0 is one for each CPU that this process may use. More than one are
+            started and kept up by this one, see `puff_patch.server.supervisor`.
+        worker_start_timeout: seconds that a worker may take to load the application.
+        max_requests: after how many requests a worker is replaced, against leaks of memory; 0 for never.
+        max_requests_jitter: up to how many more, at random, so that workers are not all replaced at one time.
+        reload: replace the workers whenever a file of the program changes; for development.
+        reload_dirs: folders to watch for that. By default the working directory, and those of the import path that
+            are not Python's own.
         max_websockets: how many WebSockets are open at a time, which do not count as requests; further ones are
             refused with 503.
         websocket_max_size: bytes of a message that a WebSocket's client may send; a larger one closes it (1009).
@@ -116,8 +124,19 @@ class ServerOptions:
     websocket_max_size: int = 1024 * 1024
     websocket_origins: tuple[str, ...] = ()
     websocket_require_origin: bool = False
+    workers: int = 1
+    worker_start_timeout: float = 60.0
+    max_requests: int = 0
+    max_requests_jitter: int = 0
+    reload: bool = False
+    reload_dirs: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
+
+    @property
+    def supervised(self) -> bool:
+        """Whether worker processes serve, and not the one that is told to."""
+        return self.workers != 1 or self.reload or self.max_requests > 0
 
     def __post_init__(self) -> None:
         if self.http not in ("auto", "1", "2"):
@@ -140,7 +159,10 @@ class ServerOptions:
             raise ValueError(f"max_head_size must be at least 8192, not {self.max_head_size}")
         if self.max_body_size is not None and self.max_body_size < 0:
             raise ValueError(f"max_body_size must not be negative, not {self.max_body_size}")
-        for name in ("idle_timeout", "client_timeout"):
+        for name in ("workers", "max_requests", "max_requests_jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("idle_timeout", "client_timeout", "worker_start_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.websocket_max_size > _FRONT_MESSAGE_SIZE:

@@ -55,6 +55,7 @@ class WSGIHandler:
     Args:
         app: the application.
         address: host and port the server listens on, ``("", 0)`` for a Unix socket.
+        multiprocess: whether other processes run the application as well.
 
     Attributes:
         closing: set it to have every further HTTP/1 response ask the client to close its connection.
@@ -62,7 +63,7 @@ class WSGIHandler:
         http1_begun: how many requests of HTTP/1 have begun so far.
     """
 
-    def __init__(self, app: WSGIApplication, address: tuple[str, int]) -> None:
+    def __init__(self, app: WSGIApplication, address: tuple[str, int], *, multiprocess: bool = False) -> None:
         self.app = app
         self.closing = False
         self.http2_running = 0
@@ -79,7 +80,7 @@ class WSGIHandler:
             "wsgi.version": (1, 0),
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
+            "wsgi.multiprocess": multiprocess,
             "wsgi.run_once": False,
             "wsgi.input_terminated": True,
             "wsgi.file_wrapper": FileWrapper,

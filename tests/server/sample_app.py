@@ -28,7 +28,7 @@ from wsgiref.validate import validator
 
 import gevent
 
-from puff_patch.server import ServerError, ServerOptions, serve
+from puff_patch.server import ServerError, ServerOptions, run
 from puff_patch.server.filters import CompressionOptions, CorsOptions, StaticFiles
 
 Environ = dict[str, Any]
@@ -442,7 +442,7 @@ def options_of(values: dict[str, Any]) -> ServerOptions:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code = serve(application, options_of(json.loads(sys.argv[1])))
+        code = run(lambda: application, options_of(json.loads(sys.argv[1])))
     except ServerError as error:
         sys.exit(f"error: {error}")
     sys.exit(code)
