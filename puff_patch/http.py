@@ -354,6 +354,9 @@ def _adapt(pool: Any) -> None:
         kept, closing, idle = [], [], 0
         for connection in pool._connections:
             if connection.is_closed():
+                # httpcore thinks so, too, if one of several that wait for it to connect is interrupted.
+                if any(request.connection is connection for request in pool._requests):
+                    kept.append(connection)
                 continue
             ended = _has_ended(connection)
             if not connection.is_idle():
@@ -378,12 +381,97 @@ def _adapt(pool: Any) -> None:
                         continue
                     kept.remove(spare)
                     closing.append(spare)
-                connection = pool.create_connection(origin)
+                connection = _interruptible(pool.create_connection(origin))
                 kept.append(connection)
             request.assign_to_connection(connection)
         return closing
 
     pool._assign_requests_to_connections = assign_requests_to_connections
+
+
+def _interruptible(connection: Any) -> Any:
+    """The same connection; if it turns out to be one of HTTP/2, whoever waits for a stream may be interrupted."""
+    plain, interruptible = _connection_classes()
+    if type(connection) is plain:
+        connection.__class__ = interruptible
+        connection._connection = None
+    return connection
+
+
+@functools.cache
+def _connection_classes() -> tuple[Any, Any]:
+    from gevent.lock import RLock, Semaphore
+    from h2.errors import ErrorCodes
+    from h2.events import DataReceived
+    from h2.exceptions import ProtocolError
+    from httpcore._sync.connection import HTTPConnection
+    from httpcore._sync.http2 import HTTP2Connection
+
+    class Http2(HTTP2Connection):
+        _received = 0
+        _writes_later: Any = None
+
+        def _read_incoming_data(self, request: Any) -> Any:
+            events = super()._read_incoming_data(request)
+            self._received += 1
+            return events
+
+        def _receive_events(self, request: Any, stream_id: int | None = None) -> None:
+            if stream_id is not None:
+                super()._receive_events(request, stream_id)
+                return
+            # Somebody may send no more before the server allows it.  httpcore has it read when its turn has come,
+            # even if what it waits for has come before, and then everybody waits for what never comes.
+            before = self._received
+            with self._read_lock:
+                if self._received != before:
+                    return
+                self._writes_later = gevent.getcurrent()  # others must be able to read meanwhile
+                try:
+                    super()._receive_events(request)
+                finally:
+                    self._writes_later = None
+            self._write_outgoing_data(request)
+
+        def _write_outgoing_data(self, request: Any) -> None:
+            if self._writes_later is not gevent.getcurrent():
+                super()._write_outgoing_data(request)
+
+        @property
+        def _max_streams_semaphore(self) -> Any:
+            return vars(self)["semaphore"]
+
+        @_max_streams_semaphore.setter
+        def _max_streams_semaphore(self, semaphore: Any) -> None:
+            # threading's, of Python code, loses count if an exception comes to a greenlet that waits in it.
+            vars(self)["semaphore"] = Semaphore(semaphore._semaphore._value)
+
+        def _response_closed(self, stream_id: int) -> None:
+            # What is given up, the server is told of, so that it sends no more of it; and what has come of it must
+            # not count for ever against what the server may send to others.
+            state = self._h2_state
+            stream = state.streams.get(stream_id)
+            if stream is not None and not stream.closed:
+                with contextlib.suppress(ProtocolError):  # the connection has ended
+                    for event in self._events.get(stream_id, ()):
+                        if isinstance(event, DataReceived) and event.flow_controlled_length:
+                            state.acknowledge_received_data(event.flow_controlled_length, stream_id)
+                    state.reset_stream(stream_id, ErrorCodes.CANCEL)
+            super()._response_closed(stream_id)
+
+    class Connection(HTTPConnection):
+        @property
+        def _connection(self) -> Any:
+            return vars(self)["connection"]
+
+        @_connection.setter
+        def _connection(self, connection: Any) -> None:
+            if type(connection) is HTTP2Connection:
+                connection.__class__ = Http2
+                connection._read_lock = RLock()  # type: ignore[assignment]
+            vars(self)["connection"] = connection
+
+    return HTTPConnection, Connection
 
 
 def _has_ended(connection: Any) -> bool:
@@ -440,7 +528,11 @@ def _stream_class() -> Any:
                 raise
 
         def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: Any = None) -> Any:
-            stream = super().start_tls(ssl_context, server_hostname, timeout)
+            try:
+                stream = super().start_tls(ssl_context, server_hostname, timeout)
+            except BaseException:
+                self.close()
+                raise
             return Stream(stream._sock) if type(stream) is SyncStream else stream
 
         def get_extra_info(self, info: str) -> Any:

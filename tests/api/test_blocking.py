@@ -49,7 +49,7 @@ with Ticker() as ticker:
     assert join_all([spawn(work, n) for n in range(100)], timeout=20) == list(range(100))
 assert most == 8 and len(threads) == 8 == native.get_pool().size, (most, threads)
 assert ident() not in threads
-assert ticker.count > 50, ticker.count  # 100 x 20 ms in 8 threads
+assert ticker.count >= 20, ticker.count  # 100 x 20 ms in 8 threads
 
 variable = contextvars.ContextVar("variable", default=0)
 @blocking

