@@ -233,8 +233,16 @@ for _ in range(30):
         http.get("/large")
 assert len(http.get("/large", timeout_ms=5000).content) == 3_000_000
 
-# Whatever a request waits for when its time is over.
+# Whatever a request waits for when its time is over: a connection, a stream, its turn to read.
 random.seed(4)
+def first(http):
+    with gevent.Timeout(random.random() * 0.02, False):
+        http.post("/echo", json=1)
+for _ in range(10):
+    fresh = client(http2_prior_knowledge=True)
+    join_all([spawn(first, fresh) for _ in range(40)], timeout=20)
+    assert fresh.get("/echo", timeout_ms=5000).status == 200
+    fresh.client().close()
 done = []
 def hurried():
     for _ in range(25):
