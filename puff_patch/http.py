@@ -21,6 +21,7 @@ from gevent.monkey import get_original
 
 from puff_patch import json as puff_json
 from puff_patch.config import HttpClientOptions, current
+from puff_patch.runtime import native
 from puff_patch.runtime.calls import at_once, either_way
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class HttpClient:
         client = clients.get(self)
         if client is None:
             client = clients[self] = _new_client(self.settings)
+            native.at_thread_end(close_clients)
         return client
 
     @either_way

@@ -113,6 +113,8 @@ class NativePool:
                 threading._active.pop(known, None)  # type: ignore[attr-defined]
             hub = get_hub_if_exists()
             if hub is not None:
+                for close in _at_thread_end:
+                    close()
                 hub.destroy(destroy_loop=True)
 
     def _next(self, worker: _Worker) -> Callable[[], object] | None:
@@ -132,6 +134,15 @@ class NativePool:
             worker.wake.acquire()  # it was given work at the last moment
         work, worker.work = worker.work, None
         return work
+
+
+# What closes what belongs to a thread's hub; a destroyed hub may be referred to for long.
+_at_thread_end: dict[Callable[[], object], None] = {}
+
+
+def at_thread_end(close: Callable[[], object]) -> None:
+    """Have ``close``, which raises nothing, called in each of these threads that has a hub, before it ends."""
+    _at_thread_end[close] = None
 
 
 _pool: NativePool | None = None

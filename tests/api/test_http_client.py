@@ -128,7 +128,8 @@ def test_connections_are_shared_and_bounded(http_app) -> None:
         HEAD
         + TICKER
         + """
-from urllib.parse import urlsplit
+from puff_patch.runtime import native
+native._IDLE_SECONDS = 0.1
 for options, protocol, expected in (
     ({}, "HTTP/1.1", 3),
     ({"http2_prior_knowledge": True}, "HTTP/2.0", 1),
@@ -151,6 +152,14 @@ for options, protocol, expected in (
     # Native threads have connections of their own.
     threads = [puff_patch.spawn_blocking(http.get, "/echo") for _ in range(4)]
     assert {response.status for response in join_all(threads, timeout=20)} == {200}
+
+    # They are closed when the thread ends.
+    used = puff_patch.spawn_blocking(lambda: http.get("/echo").ok and http.client()).join()
+    for _ in range(1000):
+        if used.is_closed:
+            break
+        gevent.sleep(0.005)
+    assert used.is_closed and not http.client().is_closed
 
     # A forked child does not use its parent's.
     mine = http.get("/echo").json()["port"]
