@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent import getcurrent
-from gevent._hub_local import get_hub_if_exists
 from gevent.hub import Waiter
 from gevent.monkey import get_original
 
@@ -63,14 +62,11 @@ class HubFuture(_Future):
     def _await(self, timeout: float | None) -> None:
         if self.done():
             return
-        mailbox, hub = Mailbox.current(), gevent.get_hub()
+        mailbox = Mailbox.current()
         waiter: Waiter[None] = Waiter()
 
         def wake(_: object) -> None:
-            if get_hub_if_exists() is hub:
-                hub.loop.run_callback(waiter.switch, None)
-            else:
-                mailbox.post(waiter.switch, None)
+            mailbox.post(waiter.switch, None)
 
         self.add_done_callback(wake)
         try:
