@@ -122,6 +122,9 @@ def unpatch_all() -> None:
     watch = sys.modules.get("puff_patch.runtime.watch")
     if watch is not None:
         watch.unwatch_hub()
+    clients = sys.modules.get("puff_patch.http")
+    if clients is not None:
+        clients.close_clients()
     for patch in reversed(list(PATCHES.values())):
         patch.unpatch()
 

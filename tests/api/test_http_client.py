@@ -171,6 +171,9 @@ for options, protocol, expected in (
     # close_pools() closes them, and the client goes on.
     puff_patch.close_pools()
     assert http.get("/echo").json()["port"] != mine
+used = http.client()
+puff_patch.unpatch_all()
+assert used.is_closed
 """.replace('        assert len(await http.get("/large")) if False else True\n', ""),
         env={"URL": http_app.url},
     )
