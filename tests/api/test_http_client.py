@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -344,6 +347,48 @@ raises(httpx.ConnectError, client().get, url.replace("127.0.0.1", "localhost"))
     server.shutdown()
     server.server_close()
     thread.join(10)
+
+
+def test_http2_is_agreed_on_over_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    (tmp_path / "hello.py").write_text("""\
+def app(environ, start):
+    start("200 OK", [])
+    return [environ["SERVER_PROTOCOL"].encode()]
+""")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {"port": port, "ssl-certificate": "cert.pem", "ssl-keyfile": "key.pem", "interface": "wsgi"}
+    # Granian's own command: all that matters is that it is a server of HTTP/2 over TLS.
+    command = [sys.executable, "-m", "granian", "hello:app", *(f"--{k}={v}" for k, v in options.items())]
+    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        run_python(
+            HEAD
+            + """
+import httpx
+http = client()
+for _ in range(1000):
+    try:
+        response = http.get("/")
+        break
+    except httpx.ConnectError:
+        time.sleep(0.02)
+found = join_all([spawn(http.get, "/") for _ in range(30)], timeout=20)
+assert {(one.http_version, one.text()) for one in found} == {("HTTP/2", "HTTP/2")}
+assert len(http.client()._transport._pool.connections) == 1
+assert client(http2=False).get("/").http_version == "HTTP/1.1"
+puff_patch.close_pools()
+""",
+            env={"URL": f"https://127.0.0.1:{port}", "SSL_CERT_FILE": str(tmp_path / "ca.pem")},
+        )
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 def test_without_patches_and_without_httpx(http_app) -> None:
