@@ -156,6 +156,6 @@ def close_pools() -> None:
     http = sys.modules.get("puff_patch.pools.http")
     if http is not None:
         http.close_connections()
-    clients = sys.modules.get("puff_patch.http")
+    clients = sys.modules.get("puff_patch.pools.httpx")
     if clients is not None:
         clients.close_clients()

@@ -122,7 +122,7 @@ def unpatch_all() -> None:
     watch = sys.modules.get("puff_patch.runtime.watch")
     if watch is not None:
         watch.unwatch_hub()
-    clients = sys.modules.get("puff_patch.http")
+    clients = sys.modules.get("puff_patch.pools.httpx")
     if clients is not None:
         clients.close_clients()
     for patch in reversed(list(PATCHES.values())):
