@@ -297,7 +297,11 @@ def _forget() -> None:
 
 
 def run_coroutine(
-    coroutine: Coroutine[Any, Any, T], *, context: contextvars.Context | None = None, timeout: float | None = None
+    coroutine: Coroutine[Any, Any, T],
+    *,
+    context: contextvars.Context | None = None,
+    timeout: float | None = None,
+    executor: CurrentGreenletExecutor | None = None,
 ) -> T:
     """Run a coroutine on the asyncio thread while the calling greenlet waits and others run.
 
@@ -309,6 +313,7 @@ def run_coroutine(
         context: the context to run it in; by default the caller's, which then takes over the changes that the
             coroutine made, as if it had been awaited.
         timeout: seconds after which the coroutine is cancelled; None means no limit.
+        executor: what the calling greenlet waits in; what is submitted to it meanwhile runs on this greenlet.
 
     Returns:
         What the coroutine returns.
@@ -337,7 +342,7 @@ def run_coroutine(
             future.set_result(result)
 
     (contextvars.copy_context() if context is None else context).copy().run(call.start, run())
-    waiting = CurrentGreenletExecutor()
+    waiting = executor or CurrentGreenletExecutor()
     waiting.on_interrupt = call.cancel
     expired = gevent.Timeout(timeout)
     try:

@@ -3,6 +3,6 @@
 from puff_patch.server.apps import Applications
 from puff_patch.server.front import ClientDisconnected
 from puff_patch.server.options import ServerError, ServerOptions
-from puff_patch.server.serve import serve
+from puff_patch.server.serve import serve, serving
 
-__all__ = ["Applications", "ClientDisconnected", "ServerError", "ServerOptions", "serve"]
+__all__ = ["Applications", "ClientDisconnected", "ServerError", "ServerOptions", "serve", "serving"]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import gevent
 from gevent import get_hub
 from gevent.event import Event
 
@@ -72,6 +73,41 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
         listener.close()
 
 
+@contextlib.contextmanager
+def serving(app: WSGIApplication | Applications, options: ServerOptions | None = None) -> Iterator[str]:
+    """Serve an application beside the block, in the same process: for tests.
+
+    Requests run on greenlets of the calling thread's hub, so they are answered while the block waits,
+    cooperatively.  At its end the server stops as `serve` does; signals are not its business.
+
+    Args:
+        app: see `serve`.
+        options: see `serve`.
+
+    Yields:
+        Where it listens, such as ``http://127.0.0.1:41231``.
+
+    Raises:
+        ServerError: it cannot listen on the address, or Granian is missing or of an untested version.
+    """
+    options = options or ServerOptions(port=0)
+    listener = Listener(options)
+    try:
+        server = _Server(app if isinstance(app, Applications) else Applications(wsgi=app), options, listener)
+        running = gevent.spawn(server.run, alone=False)
+        # The listener holds the connections of clients that come before the front has started.
+        gevent.sleep(0)
+        if running.ready():
+            running.get()
+        try:
+            yield listener.url
+        finally:
+            server.stop()
+            running.get()
+    finally:
+        listener.close()
+
+
 class _Server:
     def __init__(self, apps: Applications, options: ServerOptions, listener: Listener) -> None:
         if apps.wsgi is None or apps.asgi is not None or apps.websockets:
@@ -94,12 +130,18 @@ class _Server:
         self._signalled = Event()
         self._forced = Event()
 
-    def run(self) -> int:
+    def run(self, *, alone: bool = True) -> int:
+        """Serve until `stop`, or a signal if the server is ``alone`` in its process."""
         if self._options.access_log:
             access_log.enable()
-        with _on_signals(self._on_signal), Mailbox.current().hold(), _watched():
+        with contextlib.ExitStack() as within:
+            within.enter_context(Mailbox.current().hold())
+            if alone:
+                within.enter_context(_on_signals(self.stop))
+                within.enter_context(_watched())
             self._front.start()
-            print(f"puff_patch is listening on {self._listener.url}", flush=True)
+            if alone:
+                print(f"puff_patch is listening on {self._listener.url}", flush=True)
             self._signalled.wait()
             try:
                 code = self._stop()
@@ -131,7 +173,8 @@ class _Server:
         finally:
             exchange.release()
 
-    def _on_signal(self) -> None:
+    def stop(self) -> None:
+        """Begin to stop; called again, cut what still runs."""
         self._signals += 1
         if self._signals == 1:
             self._signalled.set()
