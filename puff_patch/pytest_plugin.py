@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--puff-timeout",
         type=float,
         metavar="SECONDS",
-        help="fail a test that takes longer, setup and teardown included, and show what every greenlet is doing",
+        help="fail a test that takes longer, or whose fixtures do, and show what every greenlet is doing",
     )
     group.addoption("--puff-leaks", action="store_true", help="warn of greenlets and leases a test leaves behind")
     parser.addini("puff_embedded", "as --puff-embedded", type="bool", default=False)
@@ -90,7 +90,7 @@ def _data_dir(config: pytest.Config) -> Path | None:
 def pytest_configure(config: pytest.Config) -> None:
     """Check the settings, and make the marker known."""
     config.addinivalue_line(
-        "markers", "puff_timeout(seconds): how long this test may take; 0 for as long as it likes"
+        "markers", "puff_timeout(seconds): how long this test may take, and its fixtures; 0 for no limit"
     )
     try:
         config.stash[_TIMEOUT] = _seconds(config.option.puff_timeout or config.getini("puff_timeout") or 0)
@@ -207,18 +207,32 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Read the time limit of each test."""
+    for item in items:
+        seconds = item.config.stash[_TIMEOUT]
+        marker = item.get_closest_marker("puff_timeout")
+        if marker is not None:
+            try:
+                (value,) = (*marker.args, *marker.kwargs.values())
+                seconds = _seconds(value)
+            except ValueError as error:
+                raise pytest.UsageError(f"{item.nodeid}: puff_timeout: {error}") from None
+        item.stash[_TIMEOUT] = seconds
+
+
 class _Timer:
-    """Interrupts a test in its greenlet, again and again, as long as it goes on.
+    """Interrupts what runs in the calling greenlet; if ``repeated``, again and again as long as that goes on.
 
     A signal, and not a timer of the hub's: that one would not come while something blocks the hub.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, repeated: bool) -> None:
         self.seconds = seconds
         self._greenlet = gevent.getcurrent()
         self._hub = gevent.get_hub()
         self._before = signal.signal(signal.SIGALRM, self._on_alarm)
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds if repeated else 0)
 
     def cancel(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -231,7 +245,7 @@ class _Timer:
         # To stderr: what a failing test was told may be lost with it (a fixture's finally that raises).
         print(f"\n{stacks}", file=sys.stderr)
         error = pytest.fail.Exception(
-            f"the test took more than {self.seconds:g} s; what every greenlet was doing is in its stderr"
+            f"it took more than {self.seconds:g} s; what every greenlet was doing is in its stderr"
         )
         current = gevent.getcurrent()
         if current is self._greenlet:
@@ -242,30 +256,31 @@ class _Timer:
             raise gevent.GreenletExit
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Limit the time of a test."""
+@contextlib.contextmanager
+def _limited(item: pytest.Item) -> Iterator[None]:
+    """Limit the time of a phase; not of what lies between, where pytest itself would be interrupted."""
     __tracebackhide__ = True
-    marker = item.get_closest_marker("puff_timeout")
-    seconds = item.config.stash[_TIMEOUT]
-    if marker is not None:
-        try:
-            (value,) = (*marker.args, *marker.kwargs.values())
-            seconds = _seconds(value)
-        except ValueError as error:
-            raise pytest.UsageError(f"{item.nodeid}: puff_timeout: {error}") from None
-    timer = _Timer(seconds) if seconds else None
+    seconds = item.stash.get(_TIMEOUT, 0.0)
+    timer = _Timer(seconds, repeated=True) if seconds else None
     try:
-        return (yield)
+        yield
     finally:
         if timer is not None:
             timer.cancel()
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Limit the time of a test."""
+    __tracebackhide__ = True
+    with _limited(item):
+        return (yield)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
     """pytest-timeout's time-outs are ours: its own would be raised in whatever greenlet happens to run."""
-    item.stash[_TIMER] = _Timer(settings.timeout)
+    item.stash[_TIMER] = _Timer(settings.timeout, repeated=False)
     return True
 
 
@@ -287,18 +302,20 @@ _LEAK_GRACE = 0.2
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
-    """Remember what there was before the test."""
+    """Remember what there was before the test; limit the time of its fixtures."""
     __tracebackhide__ = True
     if item.config.option.puff_leaks or item.config.getini("puff_leaks"):
         _remember(item.config)
-    return (yield)
+    with _limited(item):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
-    """Warn of what is left after the test."""
+    """Limit the time of the fixtures' ends, and warn of what is left after the test."""
     __tracebackhide__ = True
-    yield
+    with _limited(item):
+        yield
     before = item.config.stash.get(_BEFORE, None)
     if before is None:
         return

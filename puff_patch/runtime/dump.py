@@ -19,6 +19,8 @@ from puff_patch.runtime.stacks import greenlet_stack, thread_stack
 
 _get_ident: Any = get_original("_thread", "get_ident")
 
+_OWN = (__file__, thread_stack.__code__.co_filename)
+
 
 def living_greenlets() -> list[greenlet]:
     """The greenlets of this process that have begun and not ended, but those of a warm pool that have no job.
@@ -50,7 +52,7 @@ def _sections(labels: dict[int, str]) -> Iterator[tuple[str, str]]:
             yield labels.get(id(each), repr(each)), _formatted(stack)
     if current is not hub:
         stack = thread_stack(ident)
-        mine = [frame for frame in stack if frame.f_code.co_filename != __file__]
+        mine = [frame for frame in stack if frame.f_code.co_filename not in _OWN]
         yield f"{labels.get(id(current), repr(current))}, which is running", _formatted(mine)
     for thread in sys._current_frames().keys() - {ident}:
         if stack := thread_stack(thread):

@@ -90,7 +90,7 @@ def serving(app: WSGIApplication | Applications, options: ServerOptions | None =
     Raises:
         ServerError: it cannot listen on the address, or Granian is missing or of an untested version.
     """
-    options = options or ServerOptions(port=0)
+    options = options or ServerOptions(port=0, graceful_timeout=5.0)
     listener = Listener(options)
     try:
         server = _Server(app if isinstance(app, Applications) else Applications(wsgi=app), options, listener)
