@@ -17,6 +17,7 @@ import functools
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor, Future
@@ -83,6 +84,9 @@ class AsyncioThread:
         self.ident = _native_ident()
         # Signals are for the main thread: one that the kernel delivered here would not wake the hub.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        # As threading does for its own threads: coverage and debuggers see what runs here.
+        sys.settrace(threading.gettrace())
+        sys.setprofile(threading.getprofile())
         try:
             asyncio.set_event_loop(self.loop)
             self.loop.run_forever()
