@@ -33,7 +33,10 @@ PATCHES: dict[str, Patch] = {
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
-_FOUNDATIONS = frozenset({"gevent", "greenlet", "zope", "wrapt", "puff_patch", "psycogreen"})
+_FOUNDATIONS = frozenset({"gevent", "greenlet", "zope", "wrapt", "puff_patch", "psycogreen"}) | {
+    # And what runs tests, which is there before whatever they patch, and waits for nobody while they run.
+    *("_pytest", "execnet", "xdist")
+}
 
 
 def patch_all(
