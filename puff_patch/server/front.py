@@ -67,6 +67,8 @@ _AHEAD_MESSAGES = 16
 # besides its own.
 _BEHIND = 64 * 1024
 _MESSAGE_SIZE = 64
+# The same while stopping: Python's h2, for one, never answers the PING of a farewell, and the front waits for it.
+_STOP_IDLE_SECONDS = 5.0
 
 
 class ClientDisconnected(ConnectionError):
@@ -246,7 +248,7 @@ class Front:
         _redirect_log(self._mailbox)
         self._serve(self._scheduler, self._loop, self._signal)
         if isinstance(self._end, int):
-            self._keepers.append(gevent.spawn(self._cut_idle, self._end))
+            self._keepers.append(gevent.spawn(self._cut_idle, self._end, self._idle_timeout))
         if self._has_tls:
             self._keepers.append(gevent.spawn(self._mind_files))
 
@@ -262,6 +264,8 @@ class Front:
         # First, for afterwards the number that Granian accepts from may be another's.
         gevent.killall(self._keepers, block=False)
         get_hub().loop.run_callback(self._signal.set)
+        if isinstance(self._end, int):
+            gevent.spawn(self._cut_idle, self._end, min(self._idle_timeout, _STOP_IDLE_SECONDS))
 
     def wait_stopped(self, timeout: float | None = None) -> bool:
         """Wait until every connection is closed and Granian's threads have ended, after :meth:`stop`.
@@ -305,8 +309,8 @@ class Front:
             exchange.release()
             raise
 
-    def _cut_idle(self, port: int) -> None:
-        """Close idle connections, again and again.
+    def _cut_idle(self, port: int, seconds: float) -> None:
+        """Close connections that are idle for so long, again and again.
 
         Granian does so with those of HTTP/1, but not before it knows that they are, and not over HTTP/2; and it
         never gives up on a client that takes nothing of a response that is whole already.
@@ -316,9 +320,8 @@ class Front:
             # In one step, for they come and go in other threads, too.
             return {peer_of(client) for client in list(self.active.values())}
 
-        cutter = IdleCutter(port, self._idle_timeout, in_use)
-        while True:
-            gevent.sleep(self._idle_timeout * _IDLE_SLACK)
+        cutter = IdleCutter(port, seconds, in_use)
+        while not self._stopped.wait(seconds * _IDLE_SLACK):
             with contextlib.suppress(OSError):  # there is no file left to look with
                 cutter.run(pause=lambda: gevent.sleep(0.001))
 

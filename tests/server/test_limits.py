@@ -29,6 +29,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     assert process.stop() == 0, process.output()
 
 
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server that does not wait for long."""
+    command = sample_command(idle_timeout=0.6, client_timeout=0.3)
+    process = ServerProcess(command, tmp_path_factory.mktemp("impatient") / "stderr")
+    yield process
+    assert process.stop() == 0, process.output()
+
+
 @pytest.fixture(params=[False, True], ids=["http1", "http2"])
 def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     with httpx.Client(http1=not request.param, http2=request.param, timeout=5) as made:
@@ -130,13 +139,12 @@ def test_requests_beyond_the_queue_are_refused(start_server: StartServer) -> Non
     assert server.request("/hello")[1] == b"hello\n"
 
 
-def test_idle_connections_are_closed(start_server: StartServer) -> None:
-    server = start_server(idle_timeout=0.6, http="auto")
+def test_idle_connections_are_closed(impatient: ServerProcess) -> None:
     request = GET % b"/hello"
     closed: dict[str, float] = {}
 
     def wait_closed(name: str, *parts: bytes) -> None:
-        with server.connect() as sock:
+        with impatient.connect() as sock:
             for part in parts:
                 sock.sendall(part)
                 time.sleep(0.05)
@@ -156,16 +164,15 @@ def test_idle_connections_are_closed(start_server: StartServer) -> None:
     for thread in threads:
         thread.start()
     # A request that takes longer, be it idle all the while, is not harmed.
-    assert server.request("/nap?seconds=1.5")[1] == b"slept"
+    assert impatient.request("/nap?seconds=1.2")[1] == b"slept"
     for thread in threads:
         thread.join(5)
     assert set(closed) == set(kinds)
     assert all(0.3 < seconds < 1.5 for seconds in closed.values()), closed
 
 
-def test_head_in_drops_is_given_up(start_server: StartServer) -> None:
-    server = start_server(idle_timeout=0.5)
-    with server.connect() as sock:
+def test_head_in_drops_is_given_up(impatient: ServerProcess) -> None:
+    with impatient.connect() as sock:
         sock.sendall(b"GET /hello HTTP/1.1\r\n")
         sock.settimeout(0.05)
         began = time.monotonic()
@@ -181,27 +188,25 @@ def test_head_in_drops_is_given_up(start_server: StartServer) -> None:
         assert time.monotonic() - began < 3
 
 
-def test_client_that_never_takes_its_response_is_cut(start_server: StartServer) -> None:
-    server = start_server(idle_timeout=0.5)
+def test_client_that_never_takes_its_response_is_cut(impatient: ServerProcess) -> None:
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.settimeout(10)
     with sock:
-        sock.connect(("127.0.0.1", server.port))
+        sock.connect(("127.0.0.1", impatient.port))
         sock.sendall(GET % b"/whole?size=1000000" * 8)
         time.sleep(0.1)
-        eventually(lambda: not _has_connection(server, sock.getsockname()[1]), seconds=5)
+        eventually(lambda: not _has_connection(impatient, sock.getsockname()[1]), seconds=5)
 
 
-def test_body_that_stalls_is_answered(start_server: StartServer) -> None:
-    server = start_server(client_timeout=0.3)
+def test_body_that_stalls_is_answered(impatient: ServerProcess) -> None:
     for path in (b"/read_error", b"/swallow_error"):
-        with server.connect() as sock:
+        with impatient.connect() as sock:
             sock.sendall(POST % path + b"Content-Length: 5\r\n\r\nab")
             answer = read_all(sock)
         assert status_of(answer) == 408
         assert b"connection: close" in answer
-    assert server.json("/show_seen")["events"] == [
+    assert impatient.json("/show_seen")["events"] == [
         "read raised ClientDisconnected",
         "swallowed ClientDisconnected",
     ]

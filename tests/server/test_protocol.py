@@ -336,6 +336,15 @@ def test_client_of_http_2_that_stops_reading_stops_the_application(start_server:
         eventually(lambda: "trickle ended" in server.json("/show_seen")["events"])
 
 
+def test_client_of_http_2_that_takes_no_leave_holds_up_no_stop(start_server: StartServer) -> None:
+    server = start_server(idle_timeout=0.5)
+    with HTTP2Client(server) as client:
+        client.events(answered(client.request()))
+        server.signal()
+        # It answers none of the PINGs of the farewell, and does not close.
+        assert server.wait() == 0
+
+
 def test_connection_closed_at_once(server: ServerProcess) -> None:
     for _ in range(200):
         sock = server.connect()
