@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from puff_patch.server.websocket import WebSocket
+
 ASGIApplication = Callable[
     [
         MutableMapping[str, Any],
@@ -17,7 +19,7 @@ ASGIApplication = Callable[
     ],
     Awaitable[None],
 ]
-WebSocketHandler = Callable[[Any], object]
+WebSocketHandler = Callable[["WebSocket"], object]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Applications:
         wsgi: a WSGI application; its requests run on greenlets.
         asgi: an ASGI application; it runs on the asyncio thread.
         asgi_paths: prefixes of paths, such as ``/api``, that are the ASGI application's where there are both.
-        websockets: greenlet handlers of WebSockets by path.
+        websockets: greenlet handlers of WebSockets by path, each called with a `puff_patch.server.WebSocket`;
+            ``{name}`` in a path stands for any one segment of it.
     """
 
     wsgi: WSGIApplication | None = None

@@ -12,10 +12,13 @@ contract. Message formats: https://asgi.readthedocs.io/en/latest/specs/www.html
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
+import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -26,10 +29,12 @@ from gevent.event import Event
 from gevent.hub import Waiter
 
 from puff_patch.runtime import Mailbox
-from puff_patch.server.connections import is_connected, reset_all
+from puff_patch.server.admission import refusal
+from puff_patch.server.connections import IdleCutter, accepted_at, is_connected, peer_of, reset_all
 from puff_patch.server.filters import Encoder, Filters
-from puff_patch.server.listener import Listener
+from puff_patch.server.listener import Listener, open_nowhere
 from puff_patch.server.options import ServerError
+from puff_patch.server.tls import TLS
 
 TESTED_VERSIONS = ((2, 8, 7), (2, 9))
 """Granian from the first version on, below the second. Before 2.8.7 a response that failed midway looked whole."""
@@ -51,8 +56,48 @@ _DISCARD_BYTES = 32 * 1024 * 1024
 _DISCARD_SECONDS = 5.0
 
 
+# How often one looks whether there are files left, and how many must be.
+_FILES_SECONDS = 0.5
+_SPARE_FILES = 16
+# How much longer than its time-out an idle connection may last, as a share of it.
+_IDLE_SLACK = 0.25
+# Messages taken from the client of a WebSocket ahead of its handler, besides _LOOKAHEAD; TCP holds up the rest.
+_AHEAD_MESSAGES = 16
+# Bytes that wait to be sent to the client of a WebSocket, from which on senders wait, and what each message counts
+# besides its own.
+_BEHIND = 64 * 1024
+_MESSAGE_SIZE = 64
+
+
 class ClientDisconnected(ConnectionError):
     """The client closed the connection before the request or its response was complete."""
+
+
+class _ClientTooSlow(ClientDisconnected):
+    """The client sent nothing for too long."""
+
+
+class BodyTooLarge(OSError):
+    """The body of a request is larger than the server takes; the client has got its 413."""
+
+
+class WebSocketClosed(ConnectionError):
+    """The WebSocket is closed, by either side.
+
+    Attributes:
+        code: why, see RFC 6455, 7.4.1: what either side said, 1005 if the client said nothing or its connection
+            was lost, 1006 if the connection was cut here.
+        reason: the same in words; what a client says in words does not get through the front.
+    """
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(f"the WebSocket is closed ({code}{f': {reason}' if reason else ''})")
+        self.code = code
+        self.reason = reason
+
+
+class WebSocketTimeout(TimeoutError):
+    """Nothing came, or nothing could be sent, within the seconds given; the WebSocket is still open."""
 
 
 def check_version() -> str:
@@ -77,6 +122,15 @@ def check_version() -> str:
     return version
 
 
+def _forbid_backtraces() -> None:
+    """Have Rust's errors be made without a backtrace, whatever ``RUST_BACKTRACE`` asks for.
+
+    For one Rust walks down the C stack, and where a greenlet's part of that ends there is no way further: the
+    process crashes.  Rust looks at this once, at the first error.
+    """
+    os.environ["RUST_LIB_BACKTRACE"] = "0"
+
+
 class Front:
     """Granian serving HTTP on a listener, in threads of its own, for the hub of the calling thread.
 
@@ -86,7 +140,19 @@ class Front:
         http: ``"1"``, ``"2"`` or ``"auto"``.
         max_connections: connections open at a time; further ones are not accepted until one closes.
         client_timeout: seconds that a client may leave a request waiting for it.
+        idle_timeout: seconds that a connection may be without a request.
+        max_head_size: bytes of a request's line and headers.
+        max_body_size: bytes of a request's body, None for no limit.
+        http2_max_concurrent_streams: requests open at a time on one HTTP/2 connection.
+        tls: serve TLS with these files.
         filters: what every response goes through.
+        on_websocket: called in the hub with each handshake of a WebSocket; it must not block.  None turns
+            WebSockets off: their handshakes then are plain requests.
+        websocket_max_size: bytes of a message of a WebSocket's client; one with more closes it.
+
+    Attributes:
+        active: the clients' host and port of what is not over, requests and whatever else has a connection in use,
+            each under a key of its own; connections of others are closed when they are idle.
 
     Raises:
         ServerError: Granian is missing or of an untested version.
@@ -100,16 +166,32 @@ class Front:
         http: str = "auto",
         max_connections: int = 16384,
         client_timeout: float = 60.0,
+        idle_timeout: float = 75.0,
+        max_head_size: int = 64 * 1024,
+        max_body_size: int | None = None,
+        http2_max_concurrent_streams: int = 128,
+        tls: TLS | None = None,
         filters: Filters | None = None,
+        on_websocket: Callable[[WebSocketExchange], object] | None = None,
+        websocket_max_size: int = 1024 * 1024,
     ) -> None:
         version = check_version()
+        _forbid_backtraces()
         try:
             granian: Any = importlib.import_module("granian._granian")
             settings: Any = importlib.import_module("granian.http")
             self._signal = granian.WorkerSignal()
             scheduler_type, worker_type = granian.CallbackScheduler, granian.ASGIWorker
             holder_type = granian.SocketHolder
-        except (ImportError, AttributeError) as exc:
+            http1 = settings.HTTP1Settings(
+                # Counted from the end of the last response.
+                header_read_timeout=max(1, int(idle_timeout * 1000)),
+                max_buffer_size=max_head_size,
+            )
+            http2 = settings.HTTP2Settings(
+                max_concurrent_streams=http2_max_concurrent_streams, max_headers_size=max_head_size
+            )
+        except (ImportError, AttributeError, TypeError) as exc:
             raise ServerError(f"Granian {version} is installed, but its seam is not as tested: {exc}") from exc
 
         self._mailbox = mailbox = Mailbox.current()
@@ -117,7 +199,16 @@ class Front:
         self._end: int | str = listener.path or listener.address[1]
         self._on_request = on_request
         self._client_timeout = client_timeout
+        self._idle_timeout = idle_timeout
+        self._max_body_size = max_body_size
         self._filters = filters
+        self._listener = listener
+        self._listening = listener.dup_fd()
+        self._has_tls = tls is not None
+        self._keepers: list[gevent.Greenlet[..., None]] = []
+        self.active: dict[int, tuple[str, str]] = {}
+        self._on_websocket = on_websocket
+        self._websocket_max_size = websocket_max_size
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
 
@@ -133,7 +224,7 @@ class Front:
         self._scheduler._schedule_fn = schedule
         self._worker = worker_type(
             1,  # worker_id
-            (None, holder_type(listener.dup_fd(), listener.path is not None, listener.backlog)),
+            (None, holder_type(self._listening, listener.path is not None, listener.backlog)),
             None,  # ipc
             1,  # threads
             512,  # blocking_threads
@@ -141,11 +232,11 @@ class Front:
             30,  # py_threads_idle_timeout
             max_connections,  # backpressure
             http,
-            None if http == "2" else settings.HTTP1Settings(),
-            None if http == "1" else settings.HTTP2Settings(),
-            False,  # websockets
+            None if http == "2" else http1,
+            None if http == "1" else http2,
+            on_websocket is not None,  # websockets
             None,  # static files
-            *(False, None, None, None, "1.3", None, [], False),  # TLS
+            *_tls_arguments(tls),
             (None, None),  # metrics
         )
         self._serve = getattr(self._worker, "serve_mtr" if listener.path is None else "serve_mtr_uds")
@@ -154,10 +245,23 @@ class Front:
         """Begin to accept connections."""
         _redirect_log(self._mailbox)
         self._serve(self._scheduler, self._loop, self._signal)
+        if isinstance(self._end, int):
+            self._keepers.append(gevent.spawn(self._cut_idle, self._end))
+        if self._has_tls:
+            self._keepers.append(gevent.spawn(self._mind_files))
+
+    def stop_accepting(self) -> None:
+        """Leave new connections to the other processes that accept from the same socket; those there are go on."""
+        gevent.killall(self._keepers, block=False)  # one of them would undo this
+        with contextlib.closing(open_nowhere()) as nowhere:
+            # The front accepts from this number, and finds from now on that there is nobody.
+            os.dup2(nowhere.fileno(), self._listening, inheritable=False)
 
     def stop(self) -> None:
         """Accept no more, close idle connections, let the others finish their request. Returns at once."""
-        self._signal.set()
+        # First, for afterwards the number that Granian accepts from may be another's.
+        gevent.killall(self._keepers, block=False)
+        get_hub().loop.run_callback(self._signal.set)
 
     def wait_stopped(self, timeout: float | None = None) -> bool:
         """Wait until every connection is closed and Granian's threads have ended, after :meth:`stop`.
@@ -170,6 +274,10 @@ class Front:
         """
         return bool(self._stopped.wait(timeout))
 
+    def has_connections(self) -> bool:
+        """Whether any client is connected; True where it cannot be told."""
+        return not os.path.isdir("/proc/self/fd") or any(True for _ in accepted_at(self._end))
+
     def reset_connections(self) -> int:
         """Reset every client's connection, whatever it is doing.
 
@@ -179,7 +287,62 @@ class Front:
         return reset_all(self._end)
 
     def _accept(self, watcher: Any) -> None:
-        self._on_request(Exchange(watcher, self._client_timeout, self._filters))
+        if self._on_websocket is not None and watcher.scope["type"] == "websocket":
+            key = id(watcher)
+            self.active[key] = watcher.scope["client"]
+            self._on_websocket(
+                WebSocketExchange(
+                    watcher, self._client_timeout, self._websocket_max_size, lambda: self.active.pop(key, None)
+                )
+            )
+            return
+        exchange = Exchange(watcher, self._client_timeout, self._filters, self.active, self._max_body_size)
+        try:
+            self._on_request(exchange)
+        except BaseException:
+            # The hub reports it.
+            exchange.abort()
+            exchange.release()
+            raise
+
+    def _cut_idle(self, port: int) -> None:
+        """Close idle connections, again and again.
+
+        Granian does so with those of HTTP/1, but not before it knows that they are, and not over HTTP/2; and it
+        never gives up on a client that takes nothing of a response that is whole already.
+        """
+
+        def in_use() -> set[tuple[str, int]]:
+            # In one step, for they come and go in other threads, too.
+            return {peer_of(client) for client in list(self.active.values())}
+
+        cutter = IdleCutter(port, self._idle_timeout, in_use)
+        while True:
+            gevent.sleep(self._idle_timeout * _IDLE_SLACK)
+            with contextlib.suppress(OSError):  # there is no file left to look with
+                cutter.run(pause=lambda: gevent.sleep(0.001))
+
+    def _mind_files(self) -> None:
+        """Accept nothing while this process has no files left.
+
+        With TLS Granian counts connections after their handshake only. When there is no file left for the next, it
+        does nothing but try again, and does not even give up on the handshakes that hold the files: for good.
+        """
+        with contextlib.closing(open_nowhere()) as nowhere, contextlib.closing(_Reserve()) as reserve:
+            while True:
+                if reserve.fill():
+                    gevent.sleep(_FILES_SECONDS)
+                    continue
+                logger.warning("No files are left to this process: new connections wait. See ulimit -n.")
+                # Granian accepts from this number, and finds nobody there; but for that it needs a free file.
+                os.dup2(nowhere.fileno(), self._listening, inheritable=False)
+                reserve.close()
+                gevent.sleep(_FILES_SECONDS)
+                while not reserve.fill():
+                    reserve.close()
+                    gevent.sleep(_FILES_SECONDS)
+                os.dup2(self._listener.fileno(), self._listening, inheritable=False)
+                self._listener.nudge()
 
 
 class _Loop:
@@ -205,12 +368,17 @@ class Exchange:
 
     Attributes:
         scope: the ASGI connection scope.
+        refused: the status of an answer of our own that was sent because the body is too large, too slow or
+            malformed; 0 if none was. Whatever the application sends after that is dropped.
     """
 
     __slots__ = (
+        "_active",
+        "_body_left",
         "_encoder",
         "_filters",
         "_inbound",
+        "_key",
         "_peer",
         "_proto",
         "_sent",
@@ -218,10 +386,18 @@ class Exchange:
         "_timeout",
         "_unwaited",
         "_watcher",
+        "refused",
         "scope",
     )
 
-    def __init__(self, watcher: Any, timeout: float, filters: Filters | None = None) -> None:
+    def __init__(
+        self,
+        watcher: Any,
+        timeout: float,
+        filters: Filters | None,
+        active: dict[int, tuple[str, str]],
+        max_body_size: int | None = None,
+    ) -> None:
         self._watcher = watcher
         self._filters = filters
         self._encoder: Encoder | None = None
@@ -229,11 +405,17 @@ class Exchange:
         self._timeout = timeout
         self._inbound: _Inbound | None = None
         self._unwaited = 0
+        self._body_left = max_body_size
         self._status = 0
         self._sent = 0
+        self.refused = 0
         self.scope: dict[str, Any] = watcher.scope
-        # The scope's client may be another one: that for which a trusted proxy speaks.
+        # The scope is everybody's to change; its client may be that for which a trusted proxy speaks.
         self._peer: tuple[str, str] = self.scope.get("puff.peer") or self.scope["client"]
+        # The same for every exchange made of one request, and no other's until this one is over.
+        self._key = id(watcher)
+        self._active = active
+        active[self._key] = self._peer
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole response. Waits for nobody, but gives others a turn while a long body is encoded.
@@ -246,6 +428,8 @@ class Exchange:
         Raises:
             ValueError: a header is malformed; then nothing was sent.
         """
+        if self.refused:
+            return
         send = self._proto.send
         self._filter_head(status, headers)
         if self._encoder is not None:
@@ -262,6 +446,8 @@ class Exchange:
         Raises:
             ValueError: a header is malformed; then nothing was sent.
         """
+        if self.refused:
+            return
         self._filter_head(status, headers)
         self._send_head(status, headers)
         self.inbound.watch()
@@ -273,7 +459,7 @@ class Exchange:
             ClientDisconnected: the client is gone.
         """
         inbound = self.inbound
-        if inbound.client_gone:
+        if inbound.client_gone or self.refused:
             raise ClientDisconnected("the client closed the connection")
         if self._encoder is not None:
             data = self._encoder.feed(data)
@@ -296,6 +482,8 @@ class Exchange:
 
     def end(self) -> None:
         """End the body begun with :meth:`start`."""
+        if self.refused:
+            return
         last = b"" if self._encoder is None else self._encoder.finish()
         self._sent += len(last)
         self._proto.send({"type": "http.response.body", "body": last, "more_body": False})
@@ -305,11 +493,48 @@ class Exchange:
         """Return the next part of the request body, b"" at its end.
 
         Raises:
-            ClientDisconnected: the client is gone before the end, or the request is over.
+            ClientDisconnected: the client is gone before the end or sent nothing for too long, the body is
+                malformed, or the request is over.
+            BodyTooLarge: there is more of it than the server takes.
+
+        A client that is there still has its answer by then (413, 408, 400), or the response that had begun is cut.
         """
         if self._proto is None:
             raise ClientDisconnected("the request is over: its body cannot be read any more")
-        return self.inbound.receive()
+        if self.refused:
+            raise ClientDisconnected(
+                f"the request was answered with {self.refused}: its body cannot be read any more"
+            )
+        try:
+            return self.count(self.inbound.receive())
+        except _ClientTooSlow as exc:
+            self._refuse(408)
+            raise ClientDisconnected(str(exc)) from None
+        except ClientDisconnected:
+            # Or its body is malformed, which looks the same from here; then this is what it gets to see.
+            self._refuse(400)
+            raise
+
+    def count(self, part: bytes) -> bytes:
+        """Return a part of the request body that was received.
+
+        Raises:
+            BodyTooLarge: with it the body is larger than the server takes; see `receive`.
+        """
+        if self._body_left is not None:
+            self._body_left -= len(part)
+            if self._body_left < 0:
+                self._refuse(413)
+                raise BodyTooLarge("the request body is larger than max_body_size")
+        return part
+
+    @property
+    def is_client_sending(self) -> bool:
+        """Whether a body may come unasked (Expect asks), in the way of the next request (not so over HTTP/2)."""
+        if self.scope["http_version"] == "2":
+            return False
+        names = {name for name, value in self.scope["headers"] if value != b"0"}
+        return not names.isdisjoint({b"content-length", b"transfer-encoding"}) and b"expect" not in names
 
     def discard_request(self) -> None:
         """Read and forget what is left of the request body, within limits, after the response was sent.
@@ -320,7 +545,7 @@ class Exchange:
         limit = gevent.Timeout(_DISCARD_SECONDS)
         try:
             with limit, contextlib.suppress(ClientDisconnected):
-                while left > 0 and (part := self.receive()):
+                while left > 0 and (part := self.inbound.receive()):
                     left -= len(part)
         except gevent.Timeout as expired:
             if expired is not limit:
@@ -335,14 +560,21 @@ class Exchange:
         if self._inbound is not None:
             self._inbound.release()
         self._proto = self._watcher = None
+        self.forget()
         if self._filters is not None:
             self._filters.end(self.scope, self._status, self._sent)
+
+    def forget(self) -> None:
+        """Count no more as a request that is not over."""
+        self._active.pop(self._key, None)
 
     def abort(self) -> None:
         """Give up: a 500 if nothing was sent, else a cut that no client can take for a whole response.
 
         Over HTTP/1 the connection is cut, over HTTP/2 the stream is reset.
         """
+        if self.refused:
+            return
         if self.scope["http_version"] == "1" and self._peer[0]:
             # Of HTTP/1.0 (nginx speaks it to its upstreams), where a body may just end with the connection.
             is_connected(self._peer, reset=True)
@@ -356,6 +588,14 @@ class Exchange:
         if inbound is None:
             inbound = self._inbound = _Inbound(self._proto, self._peer, self._timeout)
         return inbound
+
+    def _refuse(self, status: int) -> None:
+        """Answer for the application, or cut its response if that has begun."""
+        if self._status:
+            self.abort()
+        else:
+            self.respond(*refusal(self.scope, status))
+        self.refused = status
 
     def _encode(self, encoder: Encoder, body: bytes) -> bytes:
         """Encode a whole body, a long one without holding the hub."""
@@ -377,6 +617,367 @@ class Exchange:
         except RuntimeError as exc:
             raise ValueError(f"the response has a malformed header: {_malformed(headers) or exc}") from None
         self._status = status
+
+
+class WebSocketExchange:
+    """One WebSocket: its handshake, then messages in both directions until either side closes it.
+
+    The methods that wait do so cooperatively: call them in a greenlet, not in the hub.  One greenlet at a time may
+    receive while any number send.  Granian answers pings by itself; it can send none, and it does not tell a
+    connection lost, or a malformed frame, from a close without a code.
+
+    Attributes:
+        scope: the ASGI connection scope.
+        status: what the handshake was answered with, 101 if the WebSocket was accepted; 0 until then.
+        code: why it is closed; None until it is.
+        reason: the same in words.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_ahead_size",
+        "_behind",
+        "_behind_size",
+        "_checked",
+        "_closing",
+        "_forget",
+        "_hooked",
+        "_max_size",
+        "_peer",
+        "_pending",
+        "_proto",
+        "_receiver",
+        "_senders",
+        "_sent",
+        "_timeout",
+        "_unwaited",
+        "_watcher",
+        "code",
+        "reason",
+        "scope",
+        "status",
+    )
+
+    def __init__(self, watcher: Any, timeout: float, max_size: int, forget: Callable[[], object]) -> None:
+        self._watcher = watcher
+        self._forget = forget
+        self._proto = watcher.proto
+        self._timeout = timeout
+        self._max_size = max_size
+        self._ahead: list[str | bytes] = []
+        self._ahead_size = 0
+        # What waits to be sent.
+        self._behind: deque[str | bytes] | None = None
+        self._behind_size = 0
+        # What is under way in Granian, as futures: a receive, the accept or the last send, the close.
+        self._pending: Any = None
+        self._sent: Any = None
+        self._closing: Any = None
+        # Who waits for it.
+        self._receiver: Waiter[None] | None = None
+        self._senders: list[Waiter[None]] | None = None
+        self._hooked = False
+        self._unwaited = 0
+        self._checked = 0.0
+        self.status = 0
+        self.code: int | None = None
+        self.reason = ""
+        self.scope: dict[str, Any] = watcher.scope
+        # The scope is everybody's to change.
+        self._peer: tuple[str, str] = self.scope["client"]
+
+    def accept(self, subprotocol: str | None = None) -> None:
+        """Answer the handshake: messages may now go either way.
+
+        Args:
+            subprotocol: one of those that the client offers.  (Granian sends no headers with it.)
+
+        Raises:
+            WebSocketClosed: the client is gone.
+        """
+        # Granian's first message, which says that there is a client, is always there.
+        next(self._proto.receive().__await__(), None)
+        self.status = 101
+        self._sent = accepting = self._proto.send({"type": "websocket.accept", "subprotocol": subprotocol})
+        self._ask()
+        while self.code is None and not accepting.done():
+            self._wait_for_room(None)
+        self._raise_if_closed()
+
+    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Refuse the handshake with a plain response.  Never waits.
+
+        Args:
+            status: the status code, 200 to 999.
+            headers: names in lower case and values.
+            body: the whole body.
+
+        Raises:
+            ValueError: a header is malformed; then nothing was sent.
+        """
+        malformed = _malformed(headers)
+        if malformed:
+            raise ValueError(f"the response has a malformed header: {malformed}")
+        send = self._proto.send
+        send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+        send({"type": "websocket.http.response.body", "body": body, "more_body": False})
+        self.status, self.code, self.reason = status, 1006, f"refused with {status}"
+
+    @property
+    def has_message(self) -> bool:
+        """Whether a message is there to be received without waiting."""
+        return bool(self._ahead)
+
+    def receive(self, timeout: float | None = None) -> str | bytes:
+        """Return the next message, str for text and bytes for binary.
+
+        Args:
+            timeout: seconds to wait at most; None waits for good.
+
+        Raises:
+            WebSocketClosed: it is closed, and every message that came before is received.
+            WebSocketTimeout: nothing came in time.
+        """
+        while not self._ahead:
+            self._raise_if_closed()
+            if self._receiver is not None:
+                raise RuntimeError("another greenlet is receiving from this WebSocket")
+            self._receiver = Waiter()
+            try:
+                _wait_at_most(self._receiver, timeout, "came")
+            finally:
+                self._receiver = None
+        message = self._ahead.pop(0)
+        self._ahead_size -= len(message)
+        self._ask()
+        return message
+
+    def send(self, message: str | bytes, timeout: float | None = None) -> None:
+        """Send a message, behind those that the client has yet to take; wait while these are many.
+
+        Args:
+            message: str is sent as text, bytes as binary.
+            timeout: seconds to wait at most, 0 not at all; None waits as long as the front is told to wait for
+                clients, then cuts the connection.
+
+        Raises:
+            WebSocketClosed: it is closed.
+            WebSocketTimeout: ``timeout`` is over, and the message is not sent.
+            UnicodeEncodeError: half a surrogate pair is no text.
+        """
+        if isinstance(message, str) and not message.isascii():
+            message.encode()  # Granian would not say what is wrong with it
+        self._unwaited += 1
+        if self._unwaited >= _SENDS_PER_TURN:
+            self._unwaited = 0
+            gevent.sleep(0)
+        self._check_peer()
+        while self.code is None and self._behind_size >= _BEHIND:
+            self._wait_for_room(timeout)
+        self._raise_if_closed()
+        if not self._behind and (self._sent is None or self._sent.done()):
+            self._put(message)
+            return
+        if self._behind is None:
+            self._behind = deque()
+        self._behind.append(message)
+        self._behind_size += len(message) + _MESSAGE_SIZE
+        self._hook()
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Close it, after what was sent so far; do nothing if it is closed.  Never waits.
+
+        Args:
+            code: 1000 to 4999.
+            reason: up to 123 bytes of UTF-8.
+        """
+        if self.code is None:
+            self.code = code
+            self.reason = reason
+            self._ahead.clear()
+            if not self._behind:
+                self._begin_close()
+            get_hub().loop.run_callback(self._wake)
+
+    def release(self) -> None:
+        """Let go of the connection: the last thing done with a WebSocket.
+
+        If it was closed here, wait until the client is told, or has left us waiting for too long.
+        """
+        if self._watcher is None:
+            return
+        try:
+            with contextlib.suppress(WebSocketTimeout):
+                while self._behind:
+                    self._wait_for_room(self._timeout)
+                if self._closing is not None and not self._closing.done():
+                    waiter: Waiter[Any] = Waiter()
+                    self._closing.add_done_callback(waiter.switch)
+                    _wait_at_most(waiter, self._timeout, "was taken")
+        finally:
+            self._drop()
+
+    def cut(self, reason: str) -> None:
+        """Close the connection at once, with nothing said to the client."""
+        if self.code is None:
+            self.code = 1006
+            self.reason = reason
+            get_hub().loop.run_callback(self._wake)
+        self._drop()
+
+    def _wait_for_room(self, timeout: float | None) -> None:
+        """Wait until what is under way to the client is sent, or it is closed."""
+        if timeout == 0:
+            raise WebSocketTimeout("the client is too slow: it has yet to take the messages before this one")
+        waiter: Waiter[None] = Waiter()
+        self._senders = [*(self._senders or ()), waiter]
+        self._hook()
+        try:
+            _wait_at_most(waiter, self._timeout if timeout is None else timeout, "was taken")
+        except WebSocketTimeout:
+            if timeout is not None:
+                raise
+            self.cut(f"the client took nothing for {self._timeout:g} seconds")
+
+    def _put(self, message: str | bytes) -> None:
+        text, data = (message, None) if isinstance(message, str) else (None, message)
+        # With both keys, for with one alone Granian takes what it cannot encode for nothing.
+        sent = self._proto.send({"type": "websocket.send", "text": text, "bytes": data})
+        # What it gives for a connection that it knows to be gone is no future.
+        self._sent = sent if hasattr(sent, "done") else None
+
+    def _hook(self) -> None:
+        """Have `_on_sent` called when what is under way is sent.  Granian takes one callback."""
+        if not self._hooked:
+            self._hooked = True
+            if self._sent is None:
+                get_hub().loop.run_callback(self._on_sent, None)
+            else:
+                self._sent.add_done_callback(self._on_sent)
+
+    def _on_sent(self, pending: Any) -> None:
+        # In the hub.
+        self._hooked = False
+        if pending is not self._sent:
+            # Something else was sent since then.
+            if self._behind or self._senders:
+                self._hook()
+            return
+        if self._behind:
+            message = self._behind.popleft()
+            self._behind_size -= len(message) + _MESSAGE_SIZE
+            self._put(message)
+            if self._behind:
+                self._hook()
+        if not self._behind:
+            self._behind = None
+            if self.code is not None and self._closing is None:
+                self._begin_close()
+        if self._behind_size < _BEHIND:
+            self._wake_senders()
+
+    def _raise_if_closed(self) -> None:
+        if self.code is not None:
+            raise WebSocketClosed(self.code, self.reason)
+
+    def _check_peer(self) -> None:
+        """Look at the socket itself now and then while unread messages hide from us that the client is gone."""
+        if self._pending is None and self.code is None and self._peer[0]:
+            now = time.monotonic()
+            if now - self._checked > _PEER_CHECK_SECONDS:
+                if self._checked and not is_connected(self._peer):
+                    self.cut("the client closed the connection")
+                self._checked = now
+
+    def _ask(self) -> None:
+        """Have the next message fetched if there is room for it: also the news that the client is gone is one."""
+        if (
+            self._pending is None
+            and self.code is None
+            and len(self._ahead) < _AHEAD_MESSAGES
+            and self._ahead_size < _LOOKAHEAD
+        ):
+            self._pending = pending = self._proto.receive()
+            pending.add_done_callback(self._on_message)
+
+    def _on_message(self, pending: Any) -> None:
+        # In the hub.
+        if pending is not self._pending:
+            return
+        self._pending = None
+        message = pending.result()
+        if message["type"] == "websocket.disconnect":
+            if self.code is None:
+                self.code = message["code"]
+            # Only now does Granian send what answers the client's close.  Ours is sent if there was none but a
+            # frame that it could not read.
+            self._forget_behind()
+            self._begin_close(1002)
+        elif self.code is None:
+            text = message.get("text")
+            data: str | bytes = message["bytes"] if text is None else text
+            if _larger(data, self._max_size):
+                self.code, self.reason = 1009, f"the message has more than {self._max_size} bytes"
+                self._forget_behind()
+                self._begin_close()
+            else:
+                self._ahead.append(data)
+                self._ahead_size += len(data)
+                self._ask()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._receiver is not None:
+            self._receiver.switch(None)
+        if self.code is not None:
+            self._wake_senders()
+
+    def _wake_senders(self) -> None:
+        senders, self._senders = self._senders, None
+        for waiter in senders or ():
+            waiter.switch(None)
+
+    def _forget_behind(self) -> None:
+        self._behind = None
+        self._behind_size = 0
+
+    def _begin_close(self, code: int | None = None) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            # It holds what the close needs.
+            pending.cancel()
+        if self._proto is not None and self.status == 101 and self._closing is None:
+            message = {"type": "websocket.close", "code": code or self.code, "reason": self.reason}
+            self._closing = self._proto.send(message)
+
+    def _drop(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is None:
+            return
+        self._forget_behind()
+        # Done first: what is still under way keeps the transport from it, for it would wait for the client.  Then
+        # the transport falls with the last reference.
+        watcher.done()
+        for pending in (self._pending, self._sent, self._closing):
+            if pending is not None:
+                pending.cancel()
+        self._pending = self._sent = self._closing = self._proto = None
+        self._forget()
+
+
+def _wait_at_most(waiter: Waiter[Any], seconds: float | None, what: str) -> None:
+    if seconds is None:
+        waiter.get()
+        return
+    with gevent.Timeout(seconds, WebSocketTimeout(f"nothing {what} for {seconds:g} seconds")):
+        waiter.get()
+
+
+def _larger(message: str | bytes, size: int) -> bool:
+    if len(message) > size:
+        return True
+    # A character takes four bytes at the most.
+    return isinstance(message, str) and len(message) * 4 > size and len(message.encode()) > size
 
 
 class _Inbound:
@@ -419,7 +1020,8 @@ class _Inbound:
             if self._pending is not None:
                 self._waiter = Waiter()
                 try:
-                    with _patience(self._timeout, "sent nothing"):
+                    limit = _ClientTooSlow(f"the client sent nothing for {self._timeout:g} seconds")
+                    with gevent.Timeout(self._timeout, limit):
                         self._waiter.get()
                 finally:
                     self._waiter = None
@@ -486,21 +1088,58 @@ class _Inbound:
             self._ended = True
 
 
+class _Reserve:
+    """Files kept open, to have some when there are no others left."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+
+    def fill(self) -> bool:
+        """Have them all; return False if there is none left besides."""
+        try:
+            while len(self._held) < _SPARE_FILES:
+                self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give them back."""
+        while self._held:
+            os.close(self._held.pop())
+
+
+def _tls_arguments(tls: TLS | None) -> tuple[Any, ...]:
+    """Return the arguments of Granian's worker about TLS."""
+    if tls is None:
+        return False, None, None, None, "tls1.3", None, [], False
+    return (
+        True,
+        tls.certfile,
+        tls.keyfile,
+        None,  # password
+        f"tls{tls.min_version}",
+        tls.ca_certs,
+        [],
+        tls.client_auth_required,
+    )
+
+
 def _wait(pending: Any, timeout: float) -> None:
     """Wait for a future of Granian's."""
     waiter: Waiter[Any] = Waiter()
     pending.add_done_callback(waiter.switch)
     try:
-        with _patience(timeout, "took nothing of the response"):
+        gone = ClientDisconnected(f"the client took nothing of the response for {timeout:g} seconds")
+        with gevent.Timeout(timeout, gone):
             waiter.get()
     except BaseException:
         pending.cancel()
         raise
     pending.result()
-
-
-def _patience(seconds: float, what: str) -> gevent.Timeout:
-    return gevent.Timeout(seconds, ClientDisconnected(f"the client {what} for {seconds:g} seconds"))
 
 
 def _malformed(headers: list[tuple[bytes, bytes]]) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 from gevent import GreenletExit
 
 from puff_patch.server.body import RequestBody
-from puff_patch.server.front import ClientDisconnected, Exchange
+from puff_patch.server.front import BodyTooLarge, ClientDisconnected, Exchange
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo, SupportsRead
@@ -55,6 +55,7 @@ class WSGIHandler:
     Args:
         app: the application.
         address: host and port the server listens on, ``("", 0)`` for a Unix socket.
+        multiprocess: whether other processes run the application as well.
 
     Attributes:
         closing: set it to have every further HTTP/1 response ask the client to close its connection.
@@ -62,7 +63,7 @@ class WSGIHandler:
         http1_begun: how many requests of HTTP/1 have begun so far.
     """
 
-    def __init__(self, app: WSGIApplication, address: tuple[str, int]) -> None:
+    def __init__(self, app: WSGIApplication, address: tuple[str, int], *, multiprocess: bool = False) -> None:
         self.app = app
         self.closing = False
         self.http2_running = 0
@@ -79,7 +80,7 @@ class WSGIHandler:
             "wsgi.version": (1, 0),
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
+            "wsgi.multiprocess": multiprocess,
             "wsgi.run_once": False,
             "wsgi.input_terminated": True,
             "wsgi.file_wrapper": FileWrapper,
@@ -97,7 +98,10 @@ class WSGIHandler:
         try:
             environ = self._build_environ(exchange)
             body = environ["wsgi.input"]
-            response.run(self.app, environ)
+            try:
+                response.run(self.app, environ)
+            except BodyTooLarge:
+                logger.debug("The body of %s %s is too large", scope["method"], scope["path"])
             # HTTP/2 can stop a stream by itself, and a client that asked first (Expect) has not begun to send.
             if type(body) is RequestBody and not (body.ended or http2 or "HTTP_EXPECT" in environ):
                 exchange.discard_request()
@@ -128,7 +132,9 @@ class WSGIHandler:
         environ["SERVER_PROTOCOL"] = (
             "HTTP/1.1" if version == "1.1" else "HTTP/2.0" if version == "2" else "HTTP/1.0"
         )
-        environ["wsgi.url_scheme"] = scope["scheme"]
+        environ["wsgi.url_scheme"] = scheme = scope["scheme"]
+        if scheme == "https":
+            environ["HTTPS"] = "on"
         keys = _environ_keys
         for name, value in scope["headers"]:
             try:

@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qs
@@ -27,7 +28,7 @@ from wsgiref.validate import validator
 
 import gevent
 
-from puff_patch.server import ServerError, ServerOptions, serve
+from puff_patch.server import ServerError, ServerOptions, run
 from puff_patch.server.filters import CompressionOptions, CorsOptions, StaticFiles
 
 Environ = dict[str, Any]
@@ -35,7 +36,7 @@ Start = Callable[..., Callable[[bytes], object]]
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 local = threading.local()
-seen: dict[str, Any] = {"closed": [], "events": [], "running": 0}
+seen: dict[str, Any] = {"closed": [], "events": [], "running": 0, "paths": deque(maxlen=100)}
 TEXT = [("Content-Type", "text/plain")]
 
 
@@ -88,7 +89,7 @@ def show_environ(environ: Environ, start: Start) -> list[bytes]:
 
 @route
 def show_seen(environ: Environ, start: Start) -> list[bytes]:
-    return show(start, seen)
+    return show(start, {**seen, "paths": list(seen["paths"])})
 
 
 @route
@@ -150,6 +151,25 @@ def read_error(environ: Environ, start: Start) -> list[bytes]:
         seen["events"].append(f"read raised {type(exc).__name__}")
         raise
     return plain(start, b"complete")
+
+
+@route
+def swallow_error(environ: Environ, start: Start) -> list[bytes]:
+    """Answer as if nothing were, whatever reading the body raises."""
+    try:
+        environ["wsgi.input"].read()
+    except OSError as exc:
+        seen["events"].append(f"swallowed {type(exc).__name__}")
+    return plain(start, b"all is well")
+
+
+@route
+def echo_parts(environ: Environ, start: Start) -> Iterable[bytes]:
+    """Send the body back while it comes."""
+    start("200 OK", TEXT)
+    yield b"begin "
+    while part := environ["wsgi.input"].read1():
+        yield part
 
 
 @route
@@ -390,10 +410,13 @@ checked = validator(
 
 
 def application(environ: Environ, start: Start) -> Iterable[bytes]:
+    seen["paths"].append(environ["PATH_INFO"])
     if environ["PATH_INFO"] == "/validated":
         # The validator holds that CONTENT_LENGTH is there, or the body must not be read.
         environ.setdefault("CONTENT_LENGTH", "0")
         return checked(environ, start)
+    if environ["PATH_INFO"].startswith("/validated/"):
+        return validator(ROUTES[environ["PATH_INFO"].removeprefix("/validated")])(environ, start)
     if environ["PATH_INFO"].startswith("/show_path"):
         return show(start, environ["PATH_INFO"])
     app = ROUTES.get(environ["PATH_INFO"])
@@ -419,7 +442,7 @@ def options_of(values: dict[str, Any]) -> ServerOptions:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code = serve(application, options_of(json.loads(sys.argv[1])))
+        code = run(lambda: application, options_of(json.loads(sys.argv[1])))
     except ServerError as error:
         sys.exit(f"error: {error}")
     sys.exit(code)

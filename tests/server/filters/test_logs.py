@@ -94,7 +94,7 @@ def test_what_is_logged_of_odd_ends(proxied: ServerProcess) -> None:
     assert line["size"] > 0
     with proxied.connect() as sock:
         sock.sendall(b"POST /echo?odd HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\nx")
-    assert json_line(proxied, "/echo?odd")["status"] == 0
+    assert json_line(proxied, "/echo?odd")["status"] == 400
 
 
 def test_json_goes_bare_to_stderr_where_logging_is_not_configured() -> None:

@@ -44,3 +44,4 @@ DATABASES = {
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 USE_TZ = True
+PUFF = json.loads(os.environ.get("PROJECT_PUFF", "{}"))
