@@ -533,11 +533,16 @@ class Exchange:
 
     @property
     def is_client_sending(self) -> bool:
-        """Whether a body may come unasked (Expect asks), in the way of the next request (not so over HTTP/2)."""
-        if self.scope["http_version"] == "2":
-            return False
+        """Whether a body may come unasked (Expect asks), to be heard out so that the client sees its response.
+
+        Over HTTP/1 it would be in the way of the next request; over HTTP/2 the front resets a stream whose body it
+        has not wholly read, and clients (curl) then forget the response.
+        """
         names = {name for name, value in self.scope["headers"] if value != b"0"}
-        return not names.isdisjoint({b"content-length", b"transfer-encoding"}) and b"expect" not in names
+        if not names.isdisjoint({b"content-length", b"transfer-encoding"}):
+            return b"expect" not in names
+        # HTTP/2 need not say beforehand that there is one.
+        return self.scope["http_version"] == "2" and self.scope["method"] not in ("GET", "HEAD")
 
     def discard_request(self) -> None:
         """Read and forget what is left of the request body, within limits, after the response was sent.

@@ -102,8 +102,7 @@ class WSGIHandler:
                 response.run(self.app, environ)
             except BodyTooLarge:
                 logger.debug("The body of %s %s is too large", scope["method"], scope["path"])
-            # HTTP/2 can stop a stream by itself, and a client that asked first (Expect) has not begun to send.
-            if type(body) is RequestBody and not (body.ended or http2 or "HTTP_EXPECT" in environ):
+            if type(body) is RequestBody and not body.ended and exchange.is_client_sending:
                 exchange.discard_request()
         except ClientDisconnected:
             # Nobody is there to tell; the front cleans up.

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from server_process import ServerProcess, StartServer, read_all
@@ -347,7 +348,7 @@ def test_unix_socket(start_server: StartServer, tmp_path: object) -> None:
         ask(b"")
 
 
-def test_http_2_with_prior_knowledge(server: ServerProcess) -> None:
+def test_http_2_with_prior_knowledge(server: ServerProcess, tmp_path: Path) -> None:
     curl = shutil.which("curl")
     if curl is None or "HTTP2" not in subprocess.run([curl, "-V"], capture_output=True, text=True).stdout:
         pytest.skip("curl with HTTP/2 is not here")
@@ -362,6 +363,9 @@ def test_http_2_with_prior_knowledge(server: ServerProcess) -> None:
     assert environ["HTTP_COOKIE"] == "a=1; b=2"
     assert ask("-d", "body", f"{server.url}/echo").stdout == "body"
     assert ask(f"{server.url}/stream").stdout == "x" * 15
+    # Of a body that nobody wants, so much that the client is still sending when it is answered.
+    (tmp_path / "big").write_bytes(b"b" * 3_000_000)
+    assert ask("--data-binary", f"@{tmp_path / 'big'}", f"{server.url}/unread").stdout == "not read"
     assert "connection:" not in ask("-i", f"{server.url}/hop_by_hop").stdout
     # The stream is reset; the connection, and so the other streams on it, stays.
     failed = ask("-v", f"{server.url}/fail_late")

@@ -23,6 +23,8 @@ _COMPRESSIBLE = re.compile(
     rb"|font/(?:ttf|otf|collection)\b|multipart/mixed\b",
     re.IGNORECASE,
 )
+# Bytes of a body that is compressed in one step.
+_AT_ONCE = 64 * 1024
 _NO_TRANSFORM = re.compile(rb"(?:^|[,\s])no-transform(?:$|[,\s])", re.IGNORECASE)
 # They say that the body is encoded, is a part, or what its bytes add up to.
 _HINDRANCES = frozenset(
@@ -65,6 +67,9 @@ class Compression(Filter):
 
     Attributes:
         encodings: those that are installed.
+
+    Raises:
+        ValueError: there are none.
     """
 
     def __init__(self, options: CompressionOptions) -> None:
@@ -75,6 +80,11 @@ class Compression(Filter):
         }
         self._makers = {name: maker for name in options.encodings if (maker := makers[name]) is not None}
         self.encodings = tuple(self._makers)
+        if not self.encodings:
+            raise ValueError(
+                f"none of the encodings {options.encodings!r} is installed: pip install 'puff-patch[compression]'"
+            )
+        self._zstd_at_once = _zstd_at_once(options.zstd_level)
         self._min_size = options.min_size
 
     def head(self, scope: Scope, status: int, headers: Headers) -> Encoder | None:
@@ -84,14 +94,15 @@ class Compression(Filter):
             # As the response that it stands for; whether that was one of those compressed it does not say.
             add_vary(headers, b"Accept-Encoding")
             return None
-        known_length = compressible = False
+        length: int | None = None
+        compressible = False
         for name, value in headers:
             lowered = name.lower()
             if lowered in _HINDRANCES:
                 return None
             if lowered == b"content-length":
-                known_length = True
-                if int(value) < self._min_size:
+                length = int(value)
+                if length < self._min_size:
                     return None
             elif lowered == b"content-type":
                 compressible = _COMPRESSIBLE.match(value) is not None
@@ -115,8 +126,10 @@ class Compression(Filter):
         headers[:] = kept
         if scope["method"] == "HEAD":
             return None
+        if encoding == "zstd" and length is not None and length <= _AT_ONCE and self._zstd_at_once is not None:
+            return _AtOnce(self._zstd_at_once)
         # A body whose length is not known is sent as it is made, and its reader must get each part of it at once.
-        return _Compressor(*self._makers[encoding](), flush=not known_length)
+        return _Compressor(*self._makers[encoding](), flush=length is None)
 
 
 _Maker = Callable[[], tuple[Callable[[bytes], bytes], Callable[[], bytes], Callable[[], bytes]]]
@@ -147,6 +160,23 @@ class _Compressor:
         return self._finish()
 
 
+class _AtOnce:
+    """Compresses a short body with a compressor that all share: to make one takes longer than to use it."""
+
+    __slots__ = ("_compress", "_parts")
+
+    def __init__(self, compress: Callable[[bytes], bytes]) -> None:
+        self._compress = compress
+        self._parts: list[bytes] = []
+
+    def feed(self, data: bytes) -> bytes:
+        self._parts.append(data)
+        return b""
+
+    def finish(self) -> bytes:
+        return self._compress(b"".join(self._parts))
+
+
 def _gzip_maker(level: int) -> _Maker:
     def make() -> tuple[Callable[[bytes], bytes], Callable[[], bytes], Callable[[], bytes]]:
         made = zlib.compressobj(level, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
@@ -169,18 +199,21 @@ def _brotli_maker(quality: int) -> _Maker | None:
     return make
 
 
-def _zstd_maker(level: int) -> _Maker | None:
+def _zstd() -> Any:
+    """The module, None if it is not installed."""
     for name in ("compression.zstd", "backports.zstd"):  # from Python 3.14 on, before it
         try:
-            zstd: Any = importlib.import_module(name)
-            break
+            return importlib.import_module(name)
         except ImportError:
             continue
-    else:
+    return None
+
+
+def _zstd_maker(level: int) -> _Maker | None:
+    zstd = _zstd()
+    if zstd is None:
         return None
-    parameter, compressor = zstd.CompressionParameter, zstd.ZstdCompressor
-    # A window of 256 KB, as for brotli.
-    options = {parameter.compression_level: level, parameter.window_log: 18}
+    compressor, options = zstd.ZstdCompressor, _zstd_options(zstd, level)
     block = compressor.FLUSH_BLOCK
 
     def make() -> tuple[Callable[[bytes], bytes], Callable[[], bytes], Callable[[], bytes]]:
@@ -188,3 +221,18 @@ def _zstd_maker(level: int) -> _Maker | None:
         return made.compress, lambda: made.flush(block), made.flush
 
     return make
+
+
+def _zstd_at_once(level: int) -> Callable[[bytes], bytes] | None:
+    zstd = _zstd()
+    if zstd is None:
+        return None
+    # It has a lock of its own, for two threads.
+    compress = zstd.ZstdCompressor(options=_zstd_options(zstd, level)).compress
+    frame = zstd.ZstdCompressor.FLUSH_FRAME
+    return lambda data: bytes(compress(data, frame))
+
+
+def _zstd_options(zstd: Any, level: int) -> dict[Any, int]:
+    # A window of 256 KB, as for brotli.
+    return {zstd.CompressionParameter.compression_level: level, zstd.CompressionParameter.window_log: 18}

@@ -142,6 +142,7 @@ def _ip(text: str) -> IPv4Address | IPv6Address | None:
     return mapped or found
 
 
+@lru_cache(4096)
 def _address(node: bytes) -> _Address | None:
     """Address and port ("0" if unknown) of a node such as ``1.2.3.4``, ``1.2.3.4:80``, ``2001:db8::1``,
     ``[2001:db8::1]:80``; None for anything else, such as ``unknown``."""

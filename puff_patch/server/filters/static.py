@@ -214,7 +214,7 @@ class _Folder:
         try:
             # Without O_NONBLOCK, to open a named pipe would wait for who writes into it.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:  # also names that are too long, or not readable
+        except (OSError, ValueError):  # also a name that is too long, or that no file can have
             return None
         try:
             status = os.fstat(fd)
