@@ -11,7 +11,8 @@ it and an idle one is not woken, but once a second for a measurement of its lag.
 
 Time is counted with care, so that a starved or suspended process blames nobody: of a look that comes late only
 the time that the hub's thread really worked (its CPU clock) counts in full.  The same clock finds C code that
-holds the GIL, during which the watch cannot look at all.
+holds the GIL, during which the watch cannot look at all: it waits for the GIL then, in steps of the interpreter's
+switch interval, and the kernel counts these, so that it is not mistaken for a watch that had no CPU to look with.
 
 gevent's own monitor thread is not used, because it needs ``greenlet.settrace``: a call at every switch, and the
 only one of its kind, which debuggers and coverage want as well.
@@ -25,6 +26,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import resource
 import sys
 import time
 import traceback
@@ -51,6 +53,8 @@ _get_ident: Callable[[], int] = get_original("_thread", "get_ident")
 
 # Looks in the time that a greenlet may hold the hub: more cost more, fewer measure worse.
 _LOOKS = 5
+# A watch that was kept from the GIL has gone to sleep for it more often than this.
+_GIL_WAITS = 4
 # Seconds after which a block is told of though it is not over.
 _LONG = 2.0
 # Seconds between two warnings about one place.
@@ -107,6 +111,7 @@ class _Watch:
         self._period = threshold / _LOOKS
         self._looked_at = time.monotonic()
         self._cpu = time.clock_gettime(self._cpu_clock)
+        self._waits = float("inf")
         self._block: _Block | None = None
         self._told: dict[object, float] = {}
         self._reports: deque[tuple[float, str, str]] = deque()  # that the hub has still to log
@@ -143,7 +148,9 @@ class _Watch:
     def _look(self) -> None:
         now, cpu = time.monotonic(), time.clock_gettime(self._cpu_clock)
         passed, worked = now - self._looked_at, cpu - self._cpu
-        self._looked_at, self._cpu = now, cpu
+        waits = _voluntary_switches()
+        waited = waits - self._waits
+        self._looked_at, self._cpu, self._waits = now, cpu, waits
         if now - self._lag_asked_at >= _LAG_EVERY and not self._lag_pending:
             self._lag_asked_at, self._lag_pending = now, True
             self._mailbox.post(self._take_lag, now)
@@ -156,7 +163,7 @@ class _Watch:
         key = (self._loop.iteration, sum(pool.begun for pool in warm_pools() if pool.hub is self.hub))
         # If the hub's thread has worked while this one could not look, something held the GIL; and whoever let go
         # of it only now is still there.
-        blind = worked if passed > self._period + self.threshold / 2 else 0.0
+        blind = worked if passed > self._period + self.threshold / 2 and waited > _GIL_WAITS else 0.0
         block = self._block
         same = block is not None and block.key == key
         if not same and blind < self.threshold:
@@ -242,6 +249,13 @@ class _Watch:
         self._lag_pending = False
         self.stats.lag_seconds += lag
         self.stats.lag_classes[bisect_left(LAG_BOUNDS, lag)] += 1
+
+
+def _voluntary_switches() -> float:
+    """How often the calling thread has gone to sleep so far; boundless growth where the platform does not tell."""
+    if sys.platform.startswith("linux"):
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    return time.monotonic() / sys.getswitchinterval()
 
 
 _watch: _Watch | None = None

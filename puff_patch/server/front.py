@@ -12,8 +12,10 @@ contract. Message formats: https://asgi.readthedocs.io/en/latest/specs/www.html
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
+import os
 import re
 import time
 from collections import deque
@@ -27,10 +29,12 @@ from gevent.event import Event
 from gevent.hub import Waiter
 
 from puff_patch.runtime import Mailbox
-from puff_patch.server.connections import is_connected, reset_all
+from puff_patch.server.admission import refusal
+from puff_patch.server.connections import IdleCutter, is_connected, peer_of, reset_all
 from puff_patch.server.filters import Encoder, Filters
-from puff_patch.server.listener import Listener
+from puff_patch.server.listener import Listener, open_nowhere
 from puff_patch.server.options import ServerError
+from puff_patch.server.tls import TLS
 
 TESTED_VERSIONS = ((2, 8, 7), (2, 9))
 """Granian from the first version on, below the second. Before 2.8.7 a response that failed midway looked whole."""
@@ -53,6 +57,11 @@ _AHEAD_MESSAGES = 16
 # besides its own.
 _BEHIND = 64 * 1024
 _MESSAGE_SIZE = 64
+# How often one looks whether there are files left, and how many must be.
+_FILES_SECONDS = 0.5
+_SPARE_FILES = 16
+# How much longer than its time-out an idle connection may last, as a share of it.
+_IDLE_SLACK = 0.25
 
 
 class ClientDisconnected(ConnectionError):
@@ -78,6 +87,14 @@ class WebSocketTimeout(TimeoutError):
     """Nothing came, or nothing could be sent, within the seconds given; the WebSocket is still open."""
 
 
+class _ClientTooSlow(ClientDisconnected):
+    """The client sent nothing for too long."""
+
+
+class BodyTooLarge(OSError):
+    """The body of a request is larger than the server takes; the client has got its 413."""
+
+
 def check_version() -> str:
     """Return Granian's version.
 
@@ -100,6 +117,15 @@ def check_version() -> str:
     return version
 
 
+def _forbid_backtraces() -> None:
+    """Have Rust's errors be made without a backtrace, whatever ``RUST_BACKTRACE`` asks for.
+
+    For one Rust walks down the C stack, and where a greenlet's part of that ends there is no way further: the
+    process crashes.  Rust looks at this once, at the first error.
+    """
+    os.environ["RUST_LIB_BACKTRACE"] = "0"
+
+
 class Front:
     """Granian serving HTTP on a listener, in threads of its own, for the hub of the calling thread.
 
@@ -109,10 +135,20 @@ class Front:
         http: ``"1"``, ``"2"`` or ``"auto"``.
         max_connections: connections open at a time; further ones are not accepted until one closes.
         client_timeout: seconds that a client may leave a request waiting for it.
+        idle_timeout: seconds that a connection may be without a request.
+        max_head_size: bytes of a request's line and headers.
+        max_body_size: bytes of a request's body, None for no limit.
+        http2_max_concurrent_streams: requests open at a time on one HTTP/2 connection.
+        tls: serve TLS with these files.
         filters: what every response goes through.
         on_websocket: called in the hub with each handshake of a WebSocket; it must not block.  None turns
             WebSockets off: their handshakes then are plain requests.
         websocket_max_size: bytes of a message of a WebSocket's client; one with more closes it.
+
+    Attributes:
+        active: the clients' host and port of what is not over, requests and whatever else has a connection in use,
+            each under a key of its own; connections of others are closed when they are idle.
+        websockets: the same of WebSockets, which are no requests.
 
     Raises:
         ServerError: Granian is missing or of an untested version.
@@ -126,18 +162,32 @@ class Front:
         http: str = "auto",
         max_connections: int = 16384,
         client_timeout: float = 60.0,
+        idle_timeout: float = 75.0,
+        max_head_size: int = 64 * 1024,
+        max_body_size: int | None = None,
+        http2_max_concurrent_streams: int = 128,
+        tls: TLS | None = None,
         filters: Filters | None = None,
         on_websocket: Callable[[WebSocketExchange], object] | None = None,
         websocket_max_size: int = 1024 * 1024,
     ) -> None:
         version = check_version()
+        _forbid_backtraces()
         try:
             granian: Any = importlib.import_module("granian._granian")
             settings: Any = importlib.import_module("granian.http")
             self._signal = granian.WorkerSignal()
             scheduler_type, worker_type = granian.CallbackScheduler, granian.ASGIWorker
             holder_type = granian.SocketHolder
-        except (ImportError, AttributeError) as exc:
+            http1 = settings.HTTP1Settings(
+                # Counted from the end of the last response.
+                header_read_timeout=max(1, int(idle_timeout * 1000)),
+                max_buffer_size=max_head_size,
+            )
+            http2 = settings.HTTP2Settings(
+                max_concurrent_streams=http2_max_concurrent_streams, max_headers_size=max_head_size
+            )
+        except (ImportError, AttributeError, TypeError) as exc:
             raise ServerError(f"Granian {version} is installed, but its seam is not as tested: {exc}") from exc
 
         self._mailbox = mailbox = Mailbox.current()
@@ -145,9 +195,17 @@ class Front:
         self._end: int | str = listener.path or listener.address[1]
         self._on_request = on_request
         self._client_timeout = client_timeout
+        self._idle_timeout = idle_timeout
+        self._max_body_size = max_body_size
         self._filters = filters
         self._on_websocket = on_websocket
         self._websocket_max_size = websocket_max_size
+        self._listener = listener
+        self._listening = listener.dup_fd()
+        self._has_tls = tls is not None
+        self._keepers: list[gevent.Greenlet[..., None]] = []
+        self.active: dict[int, tuple[str, str]] = {}
+        self.websockets: dict[int, tuple[str, str]] = {}
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
 
@@ -163,7 +221,7 @@ class Front:
         self._scheduler._schedule_fn = schedule
         self._worker = worker_type(
             1,  # worker_id
-            (None, holder_type(listener.dup_fd(), listener.path is not None, listener.backlog)),
+            (None, holder_type(self._listening, listener.path is not None, listener.backlog)),
             None,  # ipc
             1,  # threads
             512,  # blocking_threads
@@ -171,11 +229,11 @@ class Front:
             30,  # py_threads_idle_timeout
             max_connections,  # backpressure
             http,
-            None if http == "2" else settings.HTTP1Settings(),
-            None if http == "1" else settings.HTTP2Settings(),
+            None if http == "2" else http1,
+            None if http == "1" else http2,
             on_websocket is not None,  # websockets
             None,  # static files
-            *(False, None, None, None, "1.3", None, [], False),  # TLS
+            *_tls_arguments(tls),
             (None, None),  # metrics
         )
         self._serve = getattr(self._worker, "serve_mtr" if listener.path is None else "serve_mtr_uds")
@@ -184,10 +242,16 @@ class Front:
         """Begin to accept connections."""
         _redirect_log(self._mailbox)
         self._serve(self._scheduler, self._loop, self._signal)
+        if isinstance(self._end, int):
+            self._keepers.append(gevent.spawn(self._cut_idle, self._end))
+        if self._has_tls:
+            self._keepers.append(gevent.spawn(self._mind_files))
 
     def stop(self) -> None:
         """Accept no more, close idle connections, let the others finish their request. Returns at once."""
-        self._signal.set()
+        # First, for afterwards the number that Granian accepts from may be another's.
+        gevent.killall(self._keepers, block=False)
+        get_hub().loop.run_callback(self._signal.set)
 
     def wait_stopped(self, timeout: float | None = None) -> bool:
         """Wait until every connection is closed and Granian's threads have ended, after :meth:`stop`.
@@ -210,9 +274,61 @@ class Front:
 
     def _accept(self, watcher: Any) -> None:
         if self._on_websocket is not None and watcher.scope["type"] == "websocket":
-            self._on_websocket(WebSocketExchange(watcher, self._client_timeout, self._websocket_max_size))
+            websocket = WebSocketExchange(watcher, self._client_timeout, self._websocket_max_size, self.websockets)
+            try:
+                self._on_websocket(websocket)
+            except BaseException:
+                websocket.cut("the server failed")
+                raise
             return
-        self._on_request(Exchange(watcher, self._client_timeout, self._filters))
+        exchange = Exchange(watcher, self._client_timeout, self._filters, self.active, self._max_body_size)
+        try:
+            self._on_request(exchange)
+        except BaseException:
+            # The hub reports it.
+            exchange.abort()
+            exchange.release()
+            raise
+
+    def _cut_idle(self, port: int) -> None:
+        """Close idle connections, again and again.
+
+        Granian does so with those of HTTP/1, but not before it knows that they are, and not over HTTP/2; and it
+        never gives up on a client that takes nothing of a response that is whole already.
+        """
+
+        def in_use() -> set[tuple[str, int]]:
+            # In one step, for they come and go in other threads, too.
+            clients = [*list(self.active.values()), *list(self.websockets.values())]
+            return {peer_of(client) for client in clients}
+
+        cutter = IdleCutter(port, self._idle_timeout, in_use)
+        while True:
+            gevent.sleep(self._idle_timeout * _IDLE_SLACK)
+            with contextlib.suppress(OSError):  # there is no file left to look with
+                cutter.run(pause=lambda: gevent.sleep(0.001))
+
+    def _mind_files(self) -> None:
+        """Accept nothing while this process has no files left.
+
+        With TLS Granian counts connections after their handshake only. When there is no file left for the next, it
+        does nothing but try again, and does not even give up on the handshakes that hold the files: for good.
+        """
+        with contextlib.closing(open_nowhere()) as nowhere, contextlib.closing(_Reserve()) as reserve:
+            while True:
+                if reserve.fill():
+                    gevent.sleep(_FILES_SECONDS)
+                    continue
+                logger.warning("No files are left to this process: new connections wait. See ulimit -n.")
+                # Granian accepts from this number, and finds nobody there; but for that it needs a free file.
+                os.dup2(nowhere.fileno(), self._listening, inheritable=False)
+                reserve.close()
+                gevent.sleep(_FILES_SECONDS)
+                while not reserve.fill():
+                    reserve.close()
+                    gevent.sleep(_FILES_SECONDS)
+                os.dup2(self._listener.fileno(), self._listening, inheritable=False)
+                self._listener.nudge()
 
 
 class _Loop:
@@ -238,11 +354,35 @@ class Exchange:
 
     Attributes:
         scope: the ASGI connection scope.
+        refused: the status of an answer of our own that was sent because the body is too large, too slow or
+            malformed; 0 if none was. Whatever the application sends after that is dropped.
     """
 
-    __slots__ = ("_encoder", "_filters", "_inbound", "_proto", "_timeout", "_unwaited", "_watcher", "scope")
+    __slots__ = (
+        "_active",
+        "_body_left",
+        "_encoder",
+        "_filters",
+        "_inbound",
+        "_key",
+        "_peer",
+        "_proto",
+        "_started",
+        "_timeout",
+        "_unwaited",
+        "_watcher",
+        "refused",
+        "scope",
+    )
 
-    def __init__(self, watcher: Any, timeout: float, filters: Filters | None = None) -> None:
+    def __init__(
+        self,
+        watcher: Any,
+        timeout: float,
+        filters: Filters | None,
+        active: dict[int, tuple[str, str]],
+        max_body_size: int | None = None,
+    ) -> None:
         self._watcher = watcher
         self._filters = filters
         self._encoder: Encoder | None = None
@@ -250,7 +390,16 @@ class Exchange:
         self._timeout = timeout
         self._inbound: _Inbound | None = None
         self._unwaited = 0
+        self._body_left = max_body_size
+        self._started = False
+        self.refused = 0
         self.scope: dict[str, Any] = watcher.scope
+        # The scope is everybody's to change.
+        self._peer: tuple[str, str] = self.scope["client"]
+        # The same for every exchange made of one request, and no other's until this one is over.
+        self._key = id(watcher)
+        self._active = active
+        active[self._key] = self._peer
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole response. Never waits.
@@ -263,6 +412,8 @@ class Exchange:
         Raises:
             ValueError: a header is malformed; then nothing was sent.
         """
+        if self.refused:
+            return
         send = self._proto.send
         self._start(status, headers)
         if self._encoder is not None:
@@ -277,6 +428,8 @@ class Exchange:
         Raises:
             ValueError: a header is malformed; then nothing was sent.
         """
+        if self.refused:
+            return
         self._start(status, headers)
         self.inbound.watch()
 
@@ -287,7 +440,7 @@ class Exchange:
             ClientDisconnected: the client is gone.
         """
         inbound = self.inbound
-        if inbound.client_gone:
+        if inbound.client_gone or self.refused:
             raise ClientDisconnected("the client closed the connection")
         if self._encoder is not None:
             data = self._encoder.feed(data)
@@ -308,6 +461,8 @@ class Exchange:
 
     def end(self) -> None:
         """End the body begun with :meth:`start`."""
+        if self.refused:
+            return
         last = b"" if self._encoder is None else self._encoder.finish()
         self._proto.send({"type": "http.response.body", "body": last, "more_body": False})
         self.inbound.unwatch()
@@ -316,11 +471,48 @@ class Exchange:
         """Return the next part of the request body, b"" at its end.
 
         Raises:
-            ClientDisconnected: the client is gone before the end, or the request is over.
+            ClientDisconnected: the client is gone before the end or sent nothing for too long, the body is
+                malformed, or the request is over.
+            BodyTooLarge: there is more of it than the server takes.
+
+        A client that is there still has its answer by then (413, 408, 400), or the response that had begun is cut.
         """
         if self._proto is None:
             raise ClientDisconnected("the request is over: its body cannot be read any more")
-        return self.inbound.receive()
+        if self.refused:
+            raise ClientDisconnected(
+                f"the request was answered with {self.refused}: its body cannot be read any more"
+            )
+        try:
+            return self.count(self.inbound.receive())
+        except _ClientTooSlow as exc:
+            self._refuse(408)
+            raise ClientDisconnected(str(exc)) from None
+        except ClientDisconnected:
+            # Or its body is malformed, which looks the same from here; then this is what it gets to see.
+            self._refuse(400)
+            raise
+
+    def count(self, part: bytes) -> bytes:
+        """Return a part of the request body that was received.
+
+        Raises:
+            BodyTooLarge: with it the body is larger than the server takes; see `receive`.
+        """
+        if self._body_left is not None:
+            self._body_left -= len(part)
+            if self._body_left < 0:
+                self._refuse(413)
+                raise BodyTooLarge("the request body is larger than max_body_size")
+        return part
+
+    @property
+    def is_client_sending(self) -> bool:
+        """Whether a body may come unasked (Expect asks), in the way of the next request (not so over HTTP/2)."""
+        if self.scope["http_version"] == "2":
+            return False
+        names = {name for name, value in self.scope["headers"] if value != b"0"}
+        return not names.isdisjoint({b"content-length", b"transfer-encoding"}) and b"expect" not in names
 
     def discard_request(self) -> None:
         """Read and forget what is left of the request body, within limits, after the response was sent.
@@ -331,7 +523,7 @@ class Exchange:
         limit = gevent.Timeout(_DISCARD_SECONDS)
         try:
             with limit, contextlib.suppress(ClientDisconnected):
-                while left > 0 and (part := self.receive()):
+                while left > 0 and (part := self.inbound.receive()):
                     left -= len(part)
         except gevent.Timeout as expired:
             if expired is not limit:
@@ -346,15 +538,22 @@ class Exchange:
         if self._inbound is not None:
             self._inbound.release()
         self._proto = self._watcher = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Count no more as a request that is not over."""
+        self._active.pop(self._key, None)
 
     def abort(self) -> None:
         """Give up: a 500 if nothing was sent, else a cut that no client can take for a whole response.
 
         Over HTTP/1 the connection is cut, over HTTP/2 the stream is reset.
         """
-        if self.scope["http_version"] == "1" and self.scope["client"][0]:
+        if self.refused:
+            return
+        if self.scope["http_version"] == "1" and self._peer[0]:
             # Of HTTP/1.0 (nginx speaks it to its upstreams), where a body may just end with the connection.
-            is_connected(self.scope["client"], reset=True)
+            is_connected(self._peer, reset=True)
         self.inbound.unwatch()
         self._watcher.done()
 
@@ -363,8 +562,16 @@ class Exchange:
         """The receiving side, made when first needed: most requests have no body."""
         inbound = self._inbound
         if inbound is None:
-            inbound = self._inbound = _Inbound(self._proto, self.scope["client"], self._timeout)
+            inbound = self._inbound = _Inbound(self._proto, self._peer, self._timeout)
         return inbound
+
+    def _refuse(self, status: int) -> None:
+        """Answer for the application, or cut its response if that has begun."""
+        if self._started:
+            self.abort()
+        else:
+            self.respond(*refusal(self.scope, status))
+        self.refused = status
 
     def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if self._filters is not None:
@@ -373,6 +580,7 @@ class Exchange:
             self._proto.send({"type": "http.response.start", "status": status, "headers": headers})
         except RuntimeError as exc:
             raise ValueError(f"the response has a malformed header: {_malformed(headers) or exc}") from None
+        self._started = True
 
 
 class WebSocketExchange:
@@ -398,6 +606,8 @@ class WebSocketExchange:
         "_closing",
         "_hooked",
         "_max_size",
+        "_opened",
+        "_peer",
         "_pending",
         "_proto",
         "_receiver",
@@ -412,8 +622,12 @@ class WebSocketExchange:
         "status",
     )
 
-    def __init__(self, watcher: Any, timeout: float, max_size: int) -> None:
+    def __init__(self, watcher: Any, timeout: float, max_size: int, opened: dict[int, tuple[str, str]]) -> None:
         self._watcher = watcher
+        # Before a filter puts in its place whom a proxy speaks for.
+        self._peer: tuple[str, str] = watcher.scope["client"]
+        self._opened = opened
+        opened[id(self)] = self._peer
         self._proto = watcher.proto
         self._timeout = timeout
         self._max_size = max_size
@@ -633,10 +847,10 @@ class WebSocketExchange:
 
     def _check_peer(self) -> None:
         """Look at the socket itself now and then while unread messages hide from us that the client is gone."""
-        if self._pending is None and self.code is None and self.scope["client"][0]:
+        if self._pending is None and self.code is None and self._peer[0]:
             now = time.monotonic()
             if now - self._checked > _PEER_CHECK_SECONDS:
-                if self._checked and not is_connected(self.scope["client"]):
+                if self._checked and not is_connected(self._peer):
                     self.cut("the client closed the connection")
                 self._checked = now
 
@@ -705,6 +919,7 @@ class WebSocketExchange:
         watcher, self._watcher = self._watcher, None
         if watcher is None:
             return
+        self._opened.pop(id(self), None)
         self._forget_behind()
         # Done first: what is still under way keeps the transport from it, for it would wait for the client.  Then
         # the transport falls with the last reference.
@@ -770,7 +985,8 @@ class _Inbound:
             if self._pending is not None:
                 self._waiter = Waiter()
                 try:
-                    with _patience(self._timeout, "sent nothing"):
+                    limit = _ClientTooSlow(f"the client sent nothing for {self._timeout:g} seconds")
+                    with gevent.Timeout(self._timeout, limit):
                         self._waiter.get()
                 finally:
                     self._waiter = None
@@ -837,21 +1053,58 @@ class _Inbound:
             self._ended = True
 
 
+class _Reserve:
+    """Files kept open, to have some when there are no others left."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+
+    def fill(self) -> bool:
+        """Have them all; return False if there is none left besides."""
+        try:
+            while len(self._held) < _SPARE_FILES:
+                self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give them back."""
+        while self._held:
+            os.close(self._held.pop())
+
+
+def _tls_arguments(tls: TLS | None) -> tuple[Any, ...]:
+    """Return the arguments of Granian's worker about TLS."""
+    if tls is None:
+        return False, None, None, None, "tls1.3", None, [], False
+    return (
+        True,
+        tls.certfile,
+        tls.keyfile,
+        None,  # password
+        f"tls{tls.min_version}",
+        tls.ca_certs,
+        [],
+        tls.client_auth_required,
+    )
+
+
 def _wait(pending: Any, timeout: float) -> None:
     """Wait for a future of Granian's."""
     waiter: Waiter[Any] = Waiter()
     pending.add_done_callback(waiter.switch)
     try:
-        with _patience(timeout, "took nothing of the response"):
+        gone = ClientDisconnected(f"the client took nothing of the response for {timeout:g} seconds")
+        with gevent.Timeout(timeout, gone):
             waiter.get()
     except BaseException:
         pending.cancel()
         raise
     pending.result()
-
-
-def _patience(seconds: float, what: str) -> gevent.Timeout:
-    return gevent.Timeout(seconds, ClientDisconnected(f"the client {what} for {seconds:g} seconds"))
 
 
 def _malformed(headers: list[tuple[bytes, bytes]]) -> str:

@@ -11,11 +11,14 @@ import socket
 import stat
 import struct
 import sys
+import tempfile
 
 from puff_patch.server.options import ServerError, ServerOptions
 
 # linux/filter.h and asm-generic/socket.h; Python has no names for them.
 _SO_ATTACH_FILTER = 26
+# Connections dropped to have room for one that the front is told of.
+_NUDGE_ROOM = 2
 # struct tcp_info of linux/tcp.h: of a listening socket, tcpi_unacked is the length of the accept queue.
 _TCPI_UNACKED_OFFSET = 24
 
@@ -36,7 +39,7 @@ class Listener:
         backlog: as asked for in the options.
 
     Args:
-        options: ``host``, ``port``, ``uds``, ``backlog`` and ``reuse_port`` are read.
+        options: ``host``, ``port``, ``uds``, ``backlog``, ``reuse_port`` and ``ssl_certfile`` are read.
 
     Raises:
         ServerError: the address is in use, not allowed or not of this machine; the message names it.
@@ -45,6 +48,7 @@ class Listener:
     def __init__(self, options: ServerOptions) -> None:
         self.path = options.uds
         self.backlog = options.backlog
+        self._scheme = "http" if options.ssl_certfile is None else "https"
         self._socket = _open_tcp(options) if options.uds is None else _open_unix(options.uds, options.backlog)
         self._inode = None if options.uds is None else _inode(options.uds)
 
@@ -62,7 +66,22 @@ class Listener:
         if self.path is not None:
             return f"unix:{self.path}"
         host, port = self.address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
+
+    def fileno(self) -> int:
+        """Return the socket's file descriptor."""
+        return self._socket.fileno()
+
+    def nudge(self) -> None:
+        """Make who waits for connections look again: it is told of new ones only, and there are none if the queue
+        is full."""
+        with contextlib.suppress(OSError):
+            for _ in range(_NUDGE_ROOM):
+                os.close(self._socket._accept()[0])  # type: ignore[attr-defined]
+        probe = _socket.socket(self._socket.family, socket.SOCK_STREAM)
+        probe.setblocking(False)
+        probe.connect_ex(self._socket.getsockname())
+        probe.close()
 
     def dup_fd(self) -> int:
         """Return a duplicate of the socket's file descriptor; closing it is up to the caller."""
@@ -168,6 +187,16 @@ def _explained(exc: OSError, host: str, port: int) -> ServerError:
     if exc.errno == errno.EADDRNOTAVAIL:
         return ServerError(f"Cannot listen on {where}: the address is not one of this machine.")
     return ServerError(f"Cannot listen on {where}: {exc.strerror or exc}.")
+
+
+def open_nowhere() -> _socket.socket:
+    """Return a socket that listens where nobody can find it."""
+    sock = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with tempfile.TemporaryDirectory(prefix="puff-") as folder:
+        sock.bind(os.path.join(folder, "nowhere"))
+        sock.listen(1)
+    sock.setblocking(False)
+    return sock
 
 
 def _open_unix(path: str, backlog: int) -> _socket.socket:

@@ -25,10 +25,25 @@ class ServerOptions:
         uds: the path of a Unix socket to listen on instead of host and port.
         backlog: how many connections the kernel may hold that are not yet accepted.
         reuse_port: let other processes listen on the same port at the same time (SO_REUSEPORT).
-        http: ``"1"``, ``"2"`` (with prior knowledge) or ``"auto"`` for both on one port.
+        http: ``"1"``, ``"2"`` or ``"auto"`` for both on one port: with TLS as agreed on (ALPN), else as the client
+            begins to speak (prior knowledge).
+        http2_max_concurrent_streams: how many requests one HTTP/2 connection may have open at a time.
+        ssl_certfile: the path of a certificate in PEM form, with what is between it and its root. TLS is served if
+            it is given.
+        ssl_keyfile: the path of the certificate's key; not needed if the key is in the same file.
+        ssl_keyfile_password: what the key is encrypted with.
+        ssl_min_version: ``"1.2"`` or ``"1.3"``, the oldest version of TLS to speak.
+        ssl_ca_certs: the path of the certificates of those who issue clients' certificates.
+        ssl_client_auth: ``"none"``, ``"optional"`` or ``"required"``: whether clients have to show a certificate.
+            It needs ``ssl_ca_certs``; an optional one that is shown is checked all the same.
         max_connections: how many connections are open at a time; further ones wait in the backlog.
             Lowered to what the process's limit of open files allows.
         max_greenlets: how many requests run at a time; further ones wait in order.
+        max_queued: how many requests may wait like that; further ones are answered with 503.
+        max_head_size: bytes of a request's line and headers, 8192 at least; beyond it the answer is 431.
+        max_body_size: bytes of a request's body; beyond it the answer is 413. None for no limit.
+        idle_timeout: seconds that a connection may be without a request. It is also how long a client may take
+            for a request's head.
         client_timeout: seconds that a client may leave us waiting, for more of its request or to take more of
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
@@ -50,8 +65,19 @@ class ServerOptions:
     backlog: int = 2048
     reuse_port: bool = False
     http: str = "auto"
+    http2_max_concurrent_streams: int = 128
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
+    ssl_min_version: str = "1.2"
+    ssl_ca_certs: str | None = None
+    ssl_client_auth: str = "none"
     max_connections: int = 16384
     max_greenlets: int = 1000
+    max_queued: int = 10_000
+    max_head_size: int = 64 * 1024
+    max_body_size: int | None = None
+    idle_timeout: float = 75.0
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
@@ -67,9 +93,21 @@ class ServerOptions:
             raise ValueError(f'http must be "auto", "1" or "2", not {self.http!r}')
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, not {self.port}")
-        for name in ("backlog", "max_connections", "max_greenlets", "max_websockets", "websocket_max_size"):
+        for name in (
+            *("backlog", "max_connections", "max_greenlets", "http2_max_concurrent_streams"),
+            *("max_websockets", "websocket_max_size"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_queued < 0:
+            raise ValueError(f"max_queued must not be negative, not {self.max_queued}")
+        if self.max_head_size < 8192:
+            raise ValueError(f"max_head_size must be at least 8192, not {self.max_head_size}")
+        if self.max_body_size is not None and self.max_body_size < 0:
+            raise ValueError(f"max_body_size must not be negative, not {self.max_body_size}")
+        for name in ("idle_timeout", "client_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.websocket_max_size > _FRONT_MESSAGE_SIZE:
             raise ValueError(
                 f"websocket_max_size must be at most {_FRONT_MESSAGE_SIZE}, which is what the front takes, not "
@@ -78,7 +116,19 @@ class ServerOptions:
         for origin in self.websocket_origins:
             if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
                 raise ValueError(f"an origin looks like https://example.com, or is '*', unlike {origin!r}")
-        if self.client_timeout <= 0:
-            raise ValueError(f"client_timeout must be positive, not {self.client_timeout}")
+        self._check_ssl()
         if self.graceful_timeout < 0:
             raise ValueError(f"graceful_timeout must not be negative, not {self.graceful_timeout}")
+
+    def _check_ssl(self) -> None:
+        if self.ssl_min_version not in ("1.2", "1.3"):
+            raise ValueError(f'ssl_min_version must be "1.2" or "1.3", not {self.ssl_min_version!r}')
+        if self.ssl_client_auth not in ("none", "optional", "required"):
+            raise ValueError(
+                f'ssl_client_auth must be "none", "optional" or "required", not {self.ssl_client_auth!r}'
+            )
+        if (self.ssl_client_auth == "none") != (self.ssl_ca_certs is None):
+            raise ValueError('ssl_ca_certs goes with an ssl_client_auth of "optional" or "required"')
+        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+            if self.ssl_certfile is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs an ssl_certfile")

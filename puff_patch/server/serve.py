@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import gevent
 from gevent import get_hub
 from gevent.event import Event
 
 from puff_patch.runtime import Mailbox, WarmPool
 from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
+from puff_patch.server.admission import Admission, Refusal
 from puff_patch.server.apps import Applications
 from puff_patch.server.filters import Filters, Responder
 from puff_patch.server.front import ClientDisconnected, Exchange, Front, WebSocketExchange
 from puff_patch.server.listener import Listener
 from puff_patch.server.options import ServerError, ServerOptions
+from puff_patch.server.tls import TLS, check_tls
 from puff_patch.server.websocket import WebSockets, no_application, upgrade_required
 from puff_patch.server.wsgi import WSGIHandler
 
@@ -59,22 +62,23 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
         The process's exit code: 0 if every accepted request was answered, 1 if some were cut.
 
     Raises:
-        ServerError: it cannot listen on the address, it is not the main thread, or Granian is missing or of
-            an untested version.
+        ServerError: it cannot listen on the address, a file of TLS cannot be used, it is not the main thread, or
+            Granian is missing or of an untested version.
     """
     options = options or ServerOptions()
     if not get_hub().main_hub:
         raise ServerError("serve() must be called in the main thread: only there can signals stop it")
+    tls = check_tls(options)
     listener = Listener(options)
     try:
         apps = app if isinstance(app, Applications) else Applications(wsgi=app)
-        return _Server(apps, options, listener).run()
+        return _Server(apps, options, listener, tls).run()
     finally:
         listener.close()
 
 
 class _Server:
-    def __init__(self, apps: Applications, options: ServerOptions, listener: Listener) -> None:
+    def __init__(self, apps: Applications, options: ServerOptions, listener: Listener, tls: TLS | None) -> None:
         if apps.asgi is not None:
             raise ServerError("no ASGI application can be served for now")
         filters = [*options.filters]
@@ -83,21 +87,30 @@ class _Server:
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
         self._apps = apps
+        connections, websockets = _affordable(
+            options.max_connections, options.max_websockets if apps.websockets else 0
+        )
         self._handler = WSGIHandler(apps.wsgi or no_application, listener.address, access_log=options.access_log)
         try:
-            self._websockets = WebSockets(apps.websockets, options, self._filters)
+            self._websockets = WebSockets(apps.websockets, options, self._filters, limit=max(1, websockets))
         except ValueError as exc:
             raise ServerError(str(exc)) from exc
         self._front = Front(
             listener,
             self._on_request,
             http=options.http,
-            max_connections=_affordable(options.max_connections),
+            max_connections=connections,
             client_timeout=options.client_timeout,
+            idle_timeout=options.idle_timeout,
+            max_head_size=options.max_head_size,
+            max_body_size=options.max_body_size,
+            http2_max_concurrent_streams=options.http2_max_concurrent_streams,
+            tls=tls,
             filters=self._filters,
             on_websocket=self._on_websocket if apps.websockets else None,
             websocket_max_size=options.websocket_max_size,
         )
+        self._admission = Admission(options, self._front.active)
         self._signals = 0
         self._signalled = Event()
         self._forced = Event()
@@ -122,6 +135,10 @@ class _Server:
         return code
 
     def _on_request(self, exchange: Exchange) -> None:
+        refused = self._admission.check(exchange.scope)
+        if refused is not None:
+            self._refuse(exchange, refused)
+            return
         if self._filters is not None:
             responder = self._filters.begin(exchange.scope)
             if responder is not None:
@@ -138,6 +155,21 @@ class _Server:
             self._websockets.begin(exchange, *found)
         else:
             self._websockets.refuse(exchange)
+
+    def _refuse(self, exchange: Exchange, refused: Refusal) -> None:
+        """Answer a request at once that is not let in; from then on it does not count."""
+        began = time.perf_counter()
+        status, headers, body = refused
+        if self._handler.closing and exchange.scope["http_version"] != "2":
+            headers.append((b"connection", b"close"))
+        exchange.respond(status, headers, body)
+        exchange.forget()
+        if self._options.access_log:
+            access_log.log_request(exchange.scope, status, len(body), began)
+        if exchange.is_client_sending:
+            gevent.spawn(_discard, exchange)
+        else:
+            exchange.release()
 
     def _answer(self, responder: Responder, exchange: Exchange) -> None:
         try:
@@ -207,6 +239,14 @@ class _Server:
         return 1
 
 
+def _discard(exchange: Exchange) -> None:
+    """Hear a client out that was answered already, within limits."""
+    try:
+        exchange.discard_request()
+    finally:
+        exchange.release()
+
+
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
     """Warn within the block of what blocks the hub, unless that is turned off."""
@@ -238,17 +278,23 @@ def _on_signals(callback: Callable[[], None]) -> Iterator[None]:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
-def _affordable(connections: int) -> int:
-    """Raise this process's limit of open files to have room for the connections; return how many fit."""
+def _affordable(connections: int, websockets: int) -> tuple[int, int]:
+    """Raise this process's limit of open files to have room for both; return how many of each fit.
+
+    The front does not count WebSockets among its connections.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _SPARE_FILES
+    wanted = connections + websockets + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if raised > soft:
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return connections
-    fitting = max(1, soft - min(_SPARE_FILES, soft // 2))
-    logger.info("At most %d connections are served at a time: the limit of open files is %d", fitting, soft)
-    return fitting
+        return connections, websockets
+    fitting = max(2, soft - min(_SPARE_FILES, soft // 2))
+    websockets = min(websockets, fitting // 2)
+    connections = min(connections, fitting - websockets)
+    served = f"{connections} connections" + (f" and {websockets} WebSockets" if websockets else "")
+    logger.info("At most %s are served at a time: the limit of open files is %d", served, soft)
+    return connections, websockets

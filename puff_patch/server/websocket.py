@@ -323,6 +323,7 @@ class WebSockets:
         handlers: by path; ``{name}`` in a path stands for any one segment of it, see ``WebSocket.path_params``.
         options: those of the server.
         filters: those of the server; each sees a handshake as a request of GET.
+        limit: how many may be open at a time, if that is less than ``max_websockets``.
 
     Raises:
         ValueError: two parameters of a path have one name, or a brace stands where there is no parameter.
@@ -333,13 +334,15 @@ class WebSockets:
         handlers: Mapping[str, WebSocketHandler],
         options: ServerOptions,
         filters: Filters | None = None,
+        *,
+        limit: int | None = None,
     ) -> None:
         patterns = [path for path in handlers if "{" in path or "}" in path]
         self._patterns = [(_pattern(path), handlers[path]) for path in patterns]
         self._handlers = {path: handler for path, handler in handlers.items() if path not in patterns}
         self._options = options
         self._filters = filters
-        self._pool = WarmPool(options.max_websockets, name="websocket")
+        self._pool = WarmPool(limit or options.max_websockets, name="websocket")
         self._open: set[WebSocket] = set()
         self._closing = False
 
@@ -366,7 +369,9 @@ class WebSockets:
         # A handshake is a request of GET, and filters look at requests.
         scope["method"] = "GET"
         responder = None if self._filters is None else self._filters.begin(scope)
-        if responder is not None:
+        if sum(name == b"host" for name, _ in scope["headers"]) != 1 or not _header(scope, b"host"):
+            gevent.spawn(self._answer, exchange, _refuse, exchange, 400)
+        elif responder is not None:
             gevent.spawn(self._answer, exchange, responder, exchange)
         elif self._closing or len(self._open) >= self._pool.max_greenlets:
             gevent.spawn(self._answer, exchange, _refuse, exchange, 503)

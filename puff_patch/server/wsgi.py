@@ -16,7 +16,7 @@ from gevent import GreenletExit
 
 from puff_patch.server.access_log import log_request
 from puff_patch.server.body import RequestBody
-from puff_patch.server.front import ClientDisconnected, Exchange
+from puff_patch.server.front import BodyTooLarge, ClientDisconnected, Exchange
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo, SupportsRead
@@ -102,7 +102,10 @@ class WSGIHandler:
         try:
             environ = self._build_environ(exchange)
             body = environ["wsgi.input"]
-            response.run(self.app, environ)
+            try:
+                response.run(self.app, environ)
+            except BodyTooLarge:
+                logger.debug("The body of %s %s is too large", scope["method"], scope["path"])
             # HTTP/2 can stop a stream by itself, and a client that asked first (Expect) has not begun to send.
             if type(body) is RequestBody and not (body.ended or http2 or "HTTP_EXPECT" in environ):
                 exchange.discard_request()
@@ -135,7 +138,9 @@ class WSGIHandler:
         environ["SERVER_PROTOCOL"] = (
             "HTTP/1.1" if version == "1.1" else "HTTP/2.0" if version == "2" else "HTTP/1.0"
         )
-        environ["wsgi.url_scheme"] = scope["scheme"]
+        environ["wsgi.url_scheme"] = scheme = scope["scheme"]
+        if scheme == "https":
+            environ["HTTPS"] = "on"
         keys = _environ_keys
         for name, value in scope["headers"]:
             try:
@@ -181,7 +186,7 @@ class _Response:
     @property
     def sent_status(self) -> int:
         """The status code that was sent, 0 if none was."""
-        return 0 if self._state is _NOTHING_SENT else self._status
+        return self._exchange.refused or (0 if self._state is _NOTHING_SENT else self._status)
 
     def run(self, app: WSGIApplication, environ: WSGIEnvironment) -> None:
         """Call the application and send what it returns."""

@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qs
@@ -33,7 +34,7 @@ Start = Callable[..., Callable[[bytes], object]]
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 local = threading.local()
-seen: dict[str, Any] = {"closed": [], "events": [], "running": 0}
+seen: dict[str, Any] = {"closed": [], "events": [], "running": 0, "paths": deque(maxlen=100)}
 TEXT = [("Content-Type", "text/plain")]
 
 
@@ -86,7 +87,7 @@ def show_environ(environ: Environ, start: Start) -> list[bytes]:
 
 @route
 def show_seen(environ: Environ, start: Start) -> list[bytes]:
-    return show(start, seen)
+    return show(start, {**seen, "paths": list(seen["paths"])})
 
 
 @route
@@ -148,6 +149,25 @@ def read_error(environ: Environ, start: Start) -> list[bytes]:
         seen["events"].append(f"read raised {type(exc).__name__}")
         raise
     return plain(start, b"complete")
+
+
+@route
+def swallow_error(environ: Environ, start: Start) -> list[bytes]:
+    """Answer as if nothing were, whatever reading the body raises."""
+    try:
+        environ["wsgi.input"].read()
+    except OSError as exc:
+        seen["events"].append(f"swallowed {type(exc).__name__}")
+    return plain(start, b"all is well")
+
+
+@route
+def echo_parts(environ: Environ, start: Start) -> Iterable[bytes]:
+    """Send the body back while it comes."""
+    start("200 OK", TEXT)
+    yield b"begin "
+    while part := environ["wsgi.input"].read1():
+        yield part
 
 
 @route
@@ -362,10 +382,13 @@ checked = validator(
 
 
 def application(environ: Environ, start: Start) -> Iterable[bytes]:
+    seen["paths"].append(environ["PATH_INFO"])
     if environ["PATH_INFO"] == "/validated":
         # The validator holds that CONTENT_LENGTH is there, or the body must not be read.
         environ.setdefault("CONTENT_LENGTH", "0")
         return checked(environ, start)
+    if environ["PATH_INFO"].startswith("/validated/"):
+        return validator(ROUTES[environ["PATH_INFO"].removeprefix("/validated")])(environ, start)
     if environ["PATH_INFO"].startswith("/show_path"):
         return show(start, environ["PATH_INFO"])
     app = ROUTES.get(environ["PATH_INFO"])

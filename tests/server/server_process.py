@@ -54,7 +54,7 @@ class ServerProcess:
             self.process.stdout.close()
             pytest.fail(f"the server did not start:\n{self.output()}")
         if self.url.startswith("http"):
-            self.host, port = self.url.removeprefix("http://").rsplit(":", 1)
+            self.host, port = self.url.split("://")[1].rsplit(":", 1)
             self.port = int(port)
 
     def output(self) -> str:

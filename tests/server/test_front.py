@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -16,6 +17,7 @@ import pytest
 from gevent import get_hub
 from gevent.event import Event
 from server_process import read_all
+from support.process import run_python
 
 from puff_patch.runtime import Mailbox
 from puff_patch.server import ClientDisconnected, ServerError, ServerOptions
@@ -140,6 +142,18 @@ def test_request_comes_in_the_hub_with_an_asgi_scope(running: Running) -> None:
     assert scope["client"][1].isdigit()
 
 
+def test_request_that_cannot_even_be_taken_is_answered(
+    running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(exchange: Exchange) -> None:
+        raise LookupError("failed in the hub")
+
+    running.front._on_request = failing
+    assert running.get().startswith(b"HTTP/1.1 500 ")
+    assert "failed in the hub" in capsys.readouterr().err
+    assert not running.front.active
+
+
 def test_whole_response_is_sent_without_waiting(running: Running) -> None:
     # The hub cannot wait, so this raises if the front would.
     front_on_request = running.on_request
@@ -262,6 +276,32 @@ def test_malformed_header_is_an_error_and_another_response_can_follow(running: R
     answer = running.get()
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert answer.endswith(b"instead")
+
+
+def test_an_error_of_the_front_is_survived_when_rust_is_asked_for_backtraces() -> None:
+    """They cannot be taken on a greenlet: that crashed the process, above all if its hub began amid calls."""
+    code = """
+    import gevent
+    from test_front import OK, Running
+    def deep(levels, then):
+        return then() if not levels else sorted([0], key=lambda _: deep(levels - 1, then) or 0)
+    deep(int(os.environ["LEVELS"]), lambda: gevent.sleep(0))
+    running = Running()
+    def handler(exchange):
+        try:
+            exchange.respond(200, [(b"x", b"a\\r\\nb: c")], b"")
+        except ValueError:
+            exchange.respond(503, OK, b"instead")
+    running.handler = handler
+    for levels in range(30):
+        deep(levels, running.get)
+    running.front.reset_connections()
+    assert running.stop()
+    """
+    here = Path(__file__).parent
+    rust = {"RUST_BACKTRACE": "1", "RUST_LIB_BACKTRACE": None}
+    for levels in (0, 20):
+        run_python(code, env={**rust, "LEVELS": str(levels), "PYTHONPATH": f"{here}:{here.parent}"})
 
 
 def test_abort_before_the_response_is_a_500(running: Running) -> None:

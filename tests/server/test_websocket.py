@@ -317,6 +317,9 @@ def test_handshakes_that_are_none(server: ServerProcess) -> None:
     for without, status in (("Sec-WebSocket-Key", 400), ("Sec-WebSocket-Version", 400), ("Upgrade", 200)):
         with RawWebSocket(server, "/echo", without=without) as ws:  # without Upgrade it is the WSGI application's
             assert (ws.status, without) == (status, without)
+    for hosts in (["Host: a.example", "Host: b.example"], ["Host:"], []):
+        with RawWebSocket(server, "/echo", *hosts, without="Host") as ws:
+            assert (ws.status, hosts) == (400, hosts)
     with RawWebSocket(server, "/echo", "Sec-WebSocket-Version: 12", without="Sec-WebSocket-Version") as ws:
         assert ws.status == 400
     with RawWebSocket(server, "/echo") as ws:
@@ -503,6 +506,22 @@ def test_stop_kills_handlers_that_do_not_end(start_server: StartServer) -> None:
         assert end_of(ws)[0] == 1001
         assert server.wait() == 1
     assert "Cut 1 running requests" in server.output()
+
+
+def test_idle_websockets_stay_and_share_files_with_connections(start_server: StartServer) -> None:
+    server = start_server(
+        ["sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *command(idle_timeout=0.4, max_websockets=1000)]
+    )
+    server.wait_for_output("At most 20 connections and 20 WebSockets are served at a time: the limit")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(RawWebSocket(server, "/echo")) for _ in range(20)]
+        assert server.json("/seen")["path"] == "/seen"
+        with RawWebSocket(server, "/echo") as more:
+            assert more.status == 503
+        time.sleep(1)  # an idle connection is closed by then
+        for ws in sockets:
+            ws.send(frame(TEXT, b"x"))
+            assert ws.receive() == (TEXT, b"x")
 
 
 def test_without_handlers_a_handshake_is_a_request(start_server: StartServer) -> None:

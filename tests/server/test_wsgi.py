@@ -11,6 +11,7 @@ import time
 
 import pytest
 from server_process import ServerProcess, StartServer, read_all
+from support.waiting import eventually
 
 GET = b"GET %s HTTP/1.1\r\nHost: h\r\n%s\r\n"
 
@@ -92,6 +93,37 @@ def test_wsgiref_validator_finds_nothing(server: ServerProcess) -> None:
     assert server.request("/validated")[1] == b"validated "
     assert server.request("/validated", "POST", b"body")[1] == b"validated body"
     assert server.request("/validated", "HEAD")[0].status == 200
+
+
+def test_wsgiref_validator_finds_nothing_in_any_kind_of_response(start_server: StartServer) -> None:
+    server = start_server()
+    for path, length in (
+        ("hello", 6),
+        ("stream", 15),
+        ("use_write", 22),
+        ("send_file", 200_000),
+        ("exc_info", 14),
+    ):
+        response, body = server.request(f"/validated/{path}")
+        assert (response.status, len(body)) == (503 if path == "exc_info" else 200, length)
+        head, nothing = server.request(f"/validated/{path}", "HEAD")
+        assert (head.status, nothing) == (response.status, b"")
+    for body in (b"x" * 100_000, iter([b"x" * 50_000] * 2)):
+        assert json.loads(server.request("/validated/digest", "POST", body)[1])["size"] == 100_000
+    for path in ("fail_late", "exc_info_late"):
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            server.request(f"/validated/{path}")
+    with server.connect() as sock:
+        sock.sendall(get(b"/validated/trickle"))
+        assert sock.recv(1000)
+    eventually(lambda: "trickle ended" in server.json("/show_seen")["events"])
+    closed = server.json("/show_seen")["closed"]
+    assert {name: closed.count(name) for name in closed} == {"stream": 2, "file": 2, "fail late": 1}
+    assert server.stop() == 0
+    output = server.output()
+    # It complains by assertions, and of iterators that were not closed when they are collected.
+    assert "AssertionError" not in output
+    assert "garbage collected" not in output
 
 
 def test_keep_alive_and_pipelining(server: ServerProcess) -> None:

@@ -38,3 +38,7 @@ def test_a_pool_survives_kills_time_outs_and_ended_sessions(driver: str, service
 @pytest.mark.skipif(not SECONDS, reason="make soak runs it")
 def test_a_server_that_is_restarted_loses_no_request() -> None:
     soak("sigterm_soak.py", str(SECONDS), seconds=SECONDS, env={})
+
+
+def test_random_bytes_neither_hang_nor_fail_nor_grow_the_server() -> None:
+    soak("front_soak.py", str(100_000 if SECONDS else 2000), seconds=200 if SECONDS else 30, env={})
