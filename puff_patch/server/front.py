@@ -604,6 +604,7 @@ class WebSocketExchange:
         "_behind_size",
         "_checked",
         "_closing",
+        "_farewells",
         "_hooked",
         "_max_size",
         "_opened",
@@ -643,6 +644,7 @@ class WebSocketExchange:
         # Who waits for it.
         self._receiver: Waiter[None] | None = None
         self._senders: list[Waiter[None]] | None = None
+        self._farewells: list[Callable[[], object]] | None = None
         self._hooked = False
         self._unwaited = 0
         self._checked = 0.0
@@ -782,6 +784,12 @@ class WebSocketExchange:
         finally:
             self._drop()
 
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called on a greenlet once it is closed, by either side."""
+        self._farewells = [*(self._farewells or ()), callback]
+        if self.code is not None:
+            get_hub().loop.run_callback(self._wake)
+
     def cut(self, reason: str) -> None:
         """Close the connection at once, with nothing said to the client."""
         if self.code is None:
@@ -896,6 +904,9 @@ class WebSocketExchange:
             self._receiver.switch(None)
         if self.code is not None:
             self._wake_senders()
+            farewells, self._farewells = self._farewells, None
+            for callback in farewells or ():
+                gevent.spawn(callback)
 
     def _wake_senders(self) -> None:
         senders, self._senders = self._senders, None

@@ -284,6 +284,13 @@ class WebSocket:
         elif not self.closed:
             self.refuse()
 
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called, on a greenlet of its own, once this is closed by either side.
+
+        It is for a handler that waits for something else than its client: to end that wait.
+        """
+        self._exchange.on_close(callback)
+
     def on_wait(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called whenever a receive is going to wait: to give back what waits for nothing.
 

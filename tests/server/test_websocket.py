@@ -226,6 +226,16 @@ def test_killed_handler_closes_its_websocket(server: ServerProcess) -> None:
         assert end_of(ws) == (1011, "")
 
 
+def test_handler_that_waits_elsewhere_hears_of_the_end(server: ServerProcess) -> None:
+    with connect(url(server, "/look_away")):
+        pass
+    with RawWebSocket(server, "/look_away") as ws:
+        ws.send(frame(3))
+        assert ws.closed_with() == 1002
+    eventually(lambda: ended(server, "look_away") == [[1000, ""], [1005, ""]])
+    assert "/look_away failed" not in server.output()
+
+
 def test_websockets_do_not_count_as_requests(server: ServerProcess) -> None:
     async def run() -> None:
         sockets = [await connect_async(url(server, "/echo")) for _ in range(20)]  # of 4 greenlets for requests
