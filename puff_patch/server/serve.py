@@ -48,8 +48,8 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
     """Serve an application until SIGTERM or SIGINT, in the calling process and its main thread.
 
     Requests run on warm greenlets of the calling thread's hub. At the signal new clients are turned away,
-    requests that have been accepted are answered, up to ``graceful_timeout``, then ``options.on_stop`` runs.
-    A second signal cuts what still runs.
+    WebSockets are closed, requests that have been accepted are answered, up to ``graceful_timeout``, then
+    ``options.on_stop`` runs. A second signal cuts what still runs.
 
     One line with the address goes to stdout once connections are accepted. What blocks the hub meanwhile is
     logged, see ``puff_patch.watch_hub``.

@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import trustme
 from raw_websocket import BINARY, CLOSE, PING, PONG, TEXT, RawWebSocket, closing, frame
 from server_process import ServerProcess, StartServer
 from support.waiting import eventually
@@ -496,11 +498,16 @@ def test_plain_requests(start_server: StartServer) -> None:
         assert ws.recv(timeout=10) == "x"
 
 
-def test_stop_tells_clients_and_waits_for_handlers(start_server: StartServer) -> None:
-    server = start_server(command())
-    with connect(url(server, "/clean_up")) as first, connect(url(server, "/echo")) as second:
-        second.send("x")
-        second.recv(timeout=10)
+def test_stop_tells_clients_and_waits_for_handlers(start_server: StartServer, tmp_path: Path) -> None:
+    # And TLS makes no difference.
+    authority, trust = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(trust)
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "cert.pem"))
+    server = start_server(command(ssl_certfile=str(tmp_path / "cert.pem")))
+    base = server.url.replace("https", "wss")
+    with connect(f"{base}/clean_up", ssl=trust) as first, connect(f"{base}/echo", ssl=trust) as second:
+        second.send("x" * 300_000)
+        assert second.recv(timeout=10) == "x" * 300_000
         server.signal()
         assert end_of(first) == (1001, "the server stops")
         assert end_of(second) == (1001, "the server stops")
