@@ -13,11 +13,9 @@ from django.urls import path
 from django.utils.crypto import constant_time_compare
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
-from prometheus_client import REGISTRY
-from prometheus_client.exposition import choose_encoder
 
 from puff_patch.config import current
-from puff_patch.metrics import register
+from puff_patch.metrics import page
 
 
 @never_cache
@@ -34,9 +32,8 @@ def metrics(request: HttpRequest) -> HttpResponse:
             content_type="text/plain",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    register()
-    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-    return HttpResponse(encode(REGISTRY), content_type=content_type)
+    body, content_type = page(request.headers.get("Accept", ""))
+    return HttpResponse(body, content_type=content_type)
 
 
 urlpatterns = [path("", metrics, name="puff-metrics")]

@@ -112,6 +112,7 @@ class Config:
             connections; 0 for never.
         blocked_hub_ms: milliseconds a greenlet may hold the hub before a warning tells which; 0 for never, None
             for `BLOCKED_HUB_MS` while serving and never elsewhere.
+        reuse_port: whether servers share their port with others, see `ServerOptions.reuse_port`.
         metrics_token: what a client sends to read the metrics over HTTP; empty shows them to nobody.
     """
 
@@ -127,6 +128,7 @@ class Config:
     http_pool: PoolOptions = PoolOptions(max_size=100)
     slow_checkout_ms: float = 1000.0
     blocked_hub_ms: float | None = None
+    reuse_port: bool = False
     metrics_token: str = field(default="", repr=False)
 
     def postgres_url(self, name: str = "default") -> str:
@@ -206,6 +208,7 @@ class Config:
             http_pool=pool("HTTP", defaults.http_pool),
             slow_checkout_ms=_milliseconds(environ, "PUFF_SLOW_CHECKOUT_MS", defaults.slow_checkout_ms),
             blocked_hub_ms=blocked_hub_ms(environ),
+            reuse_port=_flag(environ, "PUFF_REUSE_PORT"),
             metrics_token=environ.get("PUFF_METRICS_TOKEN", ""),
         )
 

@@ -6,12 +6,15 @@ Needs prometheus_client: ``pip install 'puff-patch[metrics]'``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from puff_patch.pools.base import all_pools
 from puff_patch.runtime import watch
 from puff_patch.runtime.greenlets import warm_pools
+from puff_patch.server.filters.metrics import LATENCY_BOUNDS, request_metrics
 
 try:
     from prometheus_client import REGISTRY
@@ -21,6 +24,7 @@ try:
         HistogramMetricFamily,
         Metric,
     )
+    from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise ImportError(
@@ -61,6 +65,7 @@ class PuffCollector(Collector):
         yield from (GaugeMetricFamily(name, text, labels=_LABELS) for _, name, text in _GAUGES)
         yield from (CounterMetricFamily(name, text, labels=_LABELS) for _, name, text in _COUNTERS)
         yield from _greenlets()
+        yield from _requests()
         yield from _hub()
 
     def collect(self) -> Iterator[Metric]:
@@ -77,6 +82,8 @@ class PuffCollector(Collector):
                 counter.add_metric(labels, stats[key] / 1000 if key.endswith("_ms") else stats[key])
             yield counter
         yield from _greenlets()
+        if request_metrics():
+            yield from _requests()
         if watch.is_watched():
             yield from _hub()
 
@@ -103,17 +110,41 @@ def _hub() -> Iterator[Metric]:
     yield CounterMetricFamily(
         "puff_hub_blocked_seconds", "Time that greenlets held the hub for too long.", value=seen.blocked_seconds
     )
-    buckets = []
-    total = 0
-    for bound, number in zip((*map(str, watch.LAG_BOUNDS), "+Inf"), list(seen.lag_classes), strict=True):
-        total += number
-        buckets.append((bound, total))
     yield HistogramMetricFamily(
         "puff_hub_lag_seconds",
         "How late the hub was to do what it was given, measured once a second.",
-        buckets=buckets,
+        buckets=_buckets(watch.LAG_BOUNDS, list(seen.lag_classes)),
         sum_value=seen.lag_seconds,
     )
+
+
+def _requests() -> Iterator[Metric]:
+    servers = request_metrics()
+    requests = CounterMetricFamily("puff_http_requests", "Requests that have ended.", labels=["method", "status"])
+    counts: Counter[tuple[str, str]] = Counter()
+    classes = [0] * (len(LATENCY_BOUNDS) + 1)
+    for server in servers:
+        counts.update(server.counts)
+        classes = [mine + theirs for mine, theirs in zip(classes, server.latency_classes, strict=True)]
+    for labels, number in sorted(counts.items()):
+        requests.add_metric(labels, number)
+    yield requests
+    yield HistogramMetricFamily(
+        "puff_http_request_seconds",
+        "How long requests took, from their head to the end of their response.",
+        buckets=_buckets(LATENCY_BOUNDS, classes),
+        sum_value=sum(server.seconds for server in servers),
+    )
+    yield GaugeMetricFamily(
+        "puff_http_requests_in_progress",
+        "Requests that have begun and not ended.",
+        value=sum(server.in_progress for server in servers),
+    )
+
+
+def _buckets(bounds: Sequence[float], classes: Sequence[int]) -> list[tuple[str, float]]:
+    """Prometheus's cumulative buckets, from how many fell into each class."""
+    return list(zip((*map(str, bounds), "+Inf"), accumulate(classes), strict=True))
 
 
 _registered: weakref.WeakSet[CollectorRegistry] = weakref.WeakSet()
@@ -129,3 +160,17 @@ def register(registry: CollectorRegistry | None = None) -> None:
     if registry not in _registered:
         registry.register(PuffCollector())
         _registered.add(registry)
+
+
+def page(accept: str) -> tuple[bytes, str]:
+    """The default registry of prometheus_client, with the pools and the hub in it.
+
+    Args:
+        accept: the value of the header Accept, which chooses the format.
+
+    Returns:
+        The page, and its content type.
+    """
+    register()
+    encode, content_type = choose_encoder(accept)
+    return encode(REGISTRY), content_type

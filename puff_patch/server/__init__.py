@@ -4,6 +4,7 @@ from puff_patch.server.apps import Applications
 from puff_patch.server.front import ClientDisconnected
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.serve import serve
+from puff_patch.server.supervisor import is_worker, run
 from puff_patch.server.websocket import WebSocket, WebSocketClosed, WebSocketTimeout
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "WebSocket",
     "WebSocketClosed",
     "WebSocketTimeout",
+    "is_worker",
+    "run",
     "serve",
 ]

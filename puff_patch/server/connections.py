@@ -78,16 +78,22 @@ def is_connected(client: tuple[str, str], *, reset: bool = False) -> bool:
     return False
 
 
-def reset_all(end: int | str) -> int:
-    """Cut every connection that was accepted at a TCP port or a Unix socket's path; return how many there were."""
-    count = 0
+def accepted_at(end: int | str) -> Iterator[int]:
+    """Yield, of each connection accepted at a TCP port or a Unix socket's path, a descriptor open for its turn."""
     for fd in _duplicates():
         # What listens has no peer.
         if _end(fd, "getpeername") is not None:
             own = _end(fd, "getsockname")
             if (own[1] if isinstance(own, tuple) else own) == end:
-                _reset(fd)
-                count += 1
+                yield fd
+
+
+def reset_all(end: int | str) -> int:
+    """Cut every connection that was accepted at a TCP port or a Unix socket's path; return how many there were."""
+    count = 0
+    for fd in accepted_at(end):
+        _reset(fd)
+        count += 1
     return count
 
 

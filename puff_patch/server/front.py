@@ -30,7 +30,7 @@ from gevent.hub import Waiter
 
 from puff_patch.runtime import Mailbox
 from puff_patch.server.admission import refusal
-from puff_patch.server.connections import IdleCutter, is_connected, peer_of, reset_all
+from puff_patch.server.connections import IdleCutter, accepted_at, is_connected, peer_of, reset_all
 from puff_patch.server.filters import Encoder, Filters
 from puff_patch.server.listener import Listener, open_nowhere
 from puff_patch.server.options import ServerError
@@ -46,26 +46,39 @@ _SENDS_PER_TURN = 16
 # Bytes of a request body kept while nobody reads it and we only watch for the client leaving.
 _LOOKAHEAD = 256 * 1024
 _PEER_CHECK_SECONDS = 1.0
+# Bytes of a whole body that are encoded at a time.
+_ENCODED_PIECE = 64 * 1024
+# Seconds between two pieces. With 0 the greenlet goes on for 5 ms before the hub looks for new requests, and a
+# tenth as many of them are answered meanwhile.
+_ENCODING_TURN = 1e-5
 # How much of a request body that the application did not want is taken from the client all the same.
 _DISCARD_BYTES = 32 * 1024 * 1024
 _DISCARD_SECONDS = 5.0
 
 
+# How often one looks whether there are files left, and how many must be.
+_FILES_SECONDS = 0.5
+_SPARE_FILES = 16
+# How much longer than its time-out an idle connection may last, as a share of it.
+_IDLE_SLACK = 0.25
 # Messages taken from the client of a WebSocket ahead of its handler, besides _LOOKAHEAD; TCP holds up the rest.
 _AHEAD_MESSAGES = 16
 # Bytes that wait to be sent to the client of a WebSocket, from which on senders wait, and what each message counts
 # besides its own.
 _BEHIND = 64 * 1024
 _MESSAGE_SIZE = 64
-# How often one looks whether there are files left, and how many must be.
-_FILES_SECONDS = 0.5
-_SPARE_FILES = 16
-# How much longer than its time-out an idle connection may last, as a share of it.
-_IDLE_SLACK = 0.25
 
 
 class ClientDisconnected(ConnectionError):
     """The client closed the connection before the request or its response was complete."""
+
+
+class _ClientTooSlow(ClientDisconnected):
+    """The client sent nothing for too long."""
+
+
+class BodyTooLarge(OSError):
+    """The body of a request is larger than the server takes; the client has got its 413."""
 
 
 class WebSocketClosed(ConnectionError):
@@ -85,14 +98,6 @@ class WebSocketClosed(ConnectionError):
 
 class WebSocketTimeout(TimeoutError):
     """Nothing came, or nothing could be sent, within the seconds given; the WebSocket is still open."""
-
-
-class _ClientTooSlow(ClientDisconnected):
-    """The client sent nothing for too long."""
-
-
-class BodyTooLarge(OSError):
-    """The body of a request is larger than the server takes; the client has got its 413."""
 
 
 def check_version() -> str:
@@ -247,6 +252,13 @@ class Front:
         if self._has_tls:
             self._keepers.append(gevent.spawn(self._mind_files))
 
+    def stop_accepting(self) -> None:
+        """Leave new connections to the other processes that accept from the same socket; those there are go on."""
+        gevent.killall(self._keepers, block=False)  # one of them would undo this
+        with contextlib.closing(open_nowhere()) as nowhere:
+            # The front accepts from this number, and finds from now on that there is nobody.
+            os.dup2(nowhere.fileno(), self._listening, inheritable=False)
+
     def stop(self) -> None:
         """Accept no more, close idle connections, let the others finish their request. Returns at once."""
         # First, for afterwards the number that Granian accepts from may be another's.
@@ -263,6 +275,10 @@ class Front:
             False if the time ran out.
         """
         return bool(self._stopped.wait(timeout))
+
+    def has_connections(self) -> bool:
+        """Whether any client is connected; True where it cannot be told."""
+        return not os.path.isdir("/proc/self/fd") or any(True for _ in accepted_at(self._end))
 
     def reset_connections(self) -> int:
         """Reset every client's connection, whatever it is doing.
@@ -367,7 +383,8 @@ class Exchange:
         "_key",
         "_peer",
         "_proto",
-        "_started",
+        "_sent",
+        "_status",
         "_timeout",
         "_unwaited",
         "_watcher",
@@ -391,18 +408,19 @@ class Exchange:
         self._inbound: _Inbound | None = None
         self._unwaited = 0
         self._body_left = max_body_size
-        self._started = False
+        self._status = 0
+        self._sent = 0
         self.refused = 0
         self.scope: dict[str, Any] = watcher.scope
-        # The scope is everybody's to change.
-        self._peer: tuple[str, str] = self.scope["client"]
+        # The scope is everybody's to change; its client may be that for which a trusted proxy speaks.
+        self._peer: tuple[str, str] = self.scope.get("puff.peer") or self.scope["client"]
         # The same for every exchange made of one request, and no other's until this one is over.
         self._key = id(watcher)
         self._active = active
         active[self._key] = self._peer
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Send a whole response. Never waits.
+        """Send a whole response. Waits for nobody, but gives others a turn while a long body is encoded.
 
         Args:
             status: the status code, 200 to 999.
@@ -415,9 +433,11 @@ class Exchange:
         if self.refused:
             return
         send = self._proto.send
-        self._start(status, headers)
+        self._filter_head(status, headers)
         if self._encoder is not None:
-            body = self._encoder.feed(body) + self._encoder.finish()
+            body = self._encode(self._encoder, body)
+        self._send_head(status, headers)
+        self._sent = len(body)
         send({"type": "http.response.body", "body": body, "more_body": False})
 
     def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -430,7 +450,8 @@ class Exchange:
         """
         if self.refused:
             return
-        self._start(status, headers)
+        self._filter_head(status, headers)
+        self._send_head(status, headers)
         self.inbound.watch()
 
     def send(self, data: bytes) -> None:
@@ -444,8 +465,10 @@ class Exchange:
             raise ClientDisconnected("the client closed the connection")
         if self._encoder is not None:
             data = self._encoder.feed(data)
+            gevent.sleep(_ENCODING_TURN)
             if not data:
                 return
+        self._sent += len(data)
         pending = next(self._proto.send({"type": "http.response.body", "body": data, "more_body": True}), None)
         if pending is not None:
             self._unwaited = 0
@@ -464,6 +487,7 @@ class Exchange:
         if self.refused:
             return
         last = b"" if self._encoder is None else self._encoder.finish()
+        self._sent += len(last)
         self._proto.send({"type": "http.response.body", "body": last, "more_body": False})
         self.inbound.unwatch()
 
@@ -539,6 +563,8 @@ class Exchange:
             self._inbound.release()
         self._proto = self._watcher = None
         self.forget()
+        if self._filters is not None:
+            self._filters.end(self.scope, self._status, self._sent)
 
     def forget(self) -> None:
         """Count no more as a request that is not over."""
@@ -567,20 +593,32 @@ class Exchange:
 
     def _refuse(self, status: int) -> None:
         """Answer for the application, or cut its response if that has begun."""
-        if self._started:
+        if self._status:
             self.abort()
         else:
             self.respond(*refusal(self.scope, status))
         self.refused = status
 
-    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def _encode(self, encoder: Encoder, body: bytes) -> bytes:
+        """Encode a whole body, a long one without holding the hub."""
+        parts = []
+        for at in range(0, len(body), _ENCODED_PIECE):
+            if at:
+                gevent.sleep(_ENCODING_TURN)
+            parts.append(encoder.feed(body[at : at + _ENCODED_PIECE]))
+        parts.append(encoder.finish())
+        return b"".join(parts)
+
+    def _filter_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if self._filters is not None:
             self._encoder = self._filters.head(self.scope, status, headers)
+
+    def _send_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         try:
             self._proto.send({"type": "http.response.start", "status": status, "headers": headers})
         except RuntimeError as exc:
             raise ValueError(f"the response has a malformed header: {_malformed(headers) or exc}") from None
-        self._started = True
+        self._status = status
 
 
 class WebSocketExchange:
@@ -625,7 +663,7 @@ class WebSocketExchange:
 
     def __init__(self, watcher: Any, timeout: float, max_size: int, opened: dict[int, tuple[str, str]]) -> None:
         self._watcher = watcher
-        # Before a filter puts in its place whom a proxy speaks for.
+        # The scope is everybody's to change.
         self._peer: tuple[str, str] = watcher.scope["client"]
         self._opened = opened
         opened[id(self)] = self._peer

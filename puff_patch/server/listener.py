@@ -12,6 +12,7 @@ import stat
 import struct
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from puff_patch.server.options import ServerError, ServerOptions
 
@@ -31,6 +32,26 @@ _DROP_SYN = (
 )
 
 
+Instruction = tuple[int, int, int, int]
+"""Of classic BPF: operation, jumps if true and if false, constant."""
+
+
+def attach(sock: _socket.socket, option: int, program: Sequence[Instruction]) -> bool:
+    """Have the kernel run a program of classic BPF for a socket; return False if it will not.
+
+    Args:
+        sock: the socket.
+        option: the option of setsockopt(2), at the level SOL_SOCKET, that takes such a program.
+        program: its instructions.
+    """
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("HP", len(program), ctypes.addressof(code)))
+    except OSError:
+        return False
+    return True
+
+
 class Listener:
     """A bound and listening socket, TCP or Unix.
 
@@ -40,16 +61,24 @@ class Listener:
 
     Args:
         options: ``host``, ``port``, ``uds``, ``backlog``, ``reuse_port`` and ``ssl_certfile`` are read.
+        shared: a socket that listens already, which others use and close.
 
     Raises:
         ServerError: the address is in use, not allowed or not of this machine; the message names it.
     """
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, shared: _socket.socket | None = None) -> None:
         self.path = options.uds
         self.backlog = options.backlog
         self._scheme = "http" if options.ssl_certfile is None else "https"
-        self._socket = _open_tcp(options) if options.uds is None else _open_unix(options.uds, options.backlog)
+        self._shared = shared is not None
+        if shared is not None:
+            self._socket = shared
+        elif options.uds is None:
+            self._socket = bind_tcp(options)
+            self._socket.listen(options.backlog)
+        else:
+            self._socket = _open_unix(options.uds, options.backlog)
         self._inode = None if options.uds is None else _inode(options.uds)
 
     @property
@@ -101,14 +130,7 @@ class Listener:
             return True
         if not sys.platform.startswith("linux"):
             return False
-        code = b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN)
-        buffer = ctypes.create_string_buffer(code)
-        program = struct.pack("HP", len(_DROP_SYN), ctypes.addressof(buffer))
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-        except OSError:
-            return False
-        return True
+        return attach(self._socket, _SO_ATTACH_FILTER, _DROP_SYN)
 
     def queued(self) -> int:
         """How many connections wait to be accepted; 0 where the platform does not tell."""
@@ -119,8 +141,9 @@ class Listener:
         return queued
 
     def close(self) -> None:
-        """Close the socket, and remove the Unix socket's path if it is still ours."""
-        self._unlink()
+        """Close the socket, and remove the Unix socket's path if it is still ours and no others listen there."""
+        if not self._shared:
+            self._unlink()
         self._socket.close()
 
     def _unlink(self) -> None:
@@ -129,7 +152,12 @@ class Listener:
                 os.unlink(self.path)
 
 
-def _open_tcp(options: ServerOptions) -> _socket.socket:
+def bind_tcp(options: ServerOptions) -> _socket.socket:
+    """Return a socket bound to the options' host and port, and not listening yet.
+
+    Raises:
+        ServerError: see `Listener`.
+    """
     host, port = options.host, options.port
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -147,7 +175,6 @@ def _open_tcp(options: ServerOptions) -> _socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _watch_for_the_dead(sock, options.client_timeout)
         sock.bind(address)
-        sock.listen(options.backlog)
         sock.setblocking(False)
     except OSError as exc:
         sock.close()

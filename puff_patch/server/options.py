@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from puff_patch.server.filters import Filter
+from puff_patch.server.filters import CompressionOptions, CorsOptions, Filter, StaticFiles
 
 _FRONT_MESSAGE_SIZE = 64 * 1024 * 1024
 
@@ -48,6 +49,14 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
+        workers: how many processes serve; 0 is one for each CPU that this process may use. More than one are
+            started and kept up by this one, see `puff_patch.server.supervisor`.
+        worker_start_timeout: seconds that a worker may take to load the application.
+        max_requests: after how many requests a worker is replaced, against leaks of memory; 0 for never.
+        max_requests_jitter: up to how many more, at random, so that workers are not all replaced at one time.
+        reload: replace the workers whenever a file of the program changes; for development.
+        reload_dirs: folders to watch for that. By default the working directory, and those of the import path that
+            are not Python's own.
         max_websockets: how many WebSockets are open at a time, which do not count as requests; further ones are
             refused with 503.
         websocket_max_size: bytes of a message that a WebSocket's client may send; a larger one closes it (1009).
@@ -55,7 +64,24 @@ class ServerOptions:
             in the header Origin (``https://example.com``), or ``"*"`` for any.  Others are refused with 403.
         websocket_require_origin: refuse with 403 the WebSockets of clients that send no Origin: they are no
             browsers.
-        filters: what every request and response goes through, see `puff_patch.server.filters`.
+        access_log_format: ``"text"``, or ``"json"`` for one object a line.
+        request_ids: give each request an id in ``X-Request-ID``, or take it from a trusted proxy.
+        trusted_proxies: addresses and networks (``10.0.0.0/8``) of proxies that say truly which client, scheme and
+            host they speak for; ``unix`` for peers of a Unix socket, ``*`` for everybody.
+        proxy_headers: which headers these proxies set themselves, of ``x-forwarded-for``, ``x-forwarded-proto``,
+            ``x-forwarded-host``, ``x-forwarded-port`` and ``forwarded``; others are not believed.
+        health_path: where 200 says that the server lives, such as ``/-/health``; empty for nowhere.
+        ready_path: where 200 says that it takes requests, and 503 that it stops or a check fails, such as
+            ``/-/ready``; empty for nowhere.
+        ready_services: what must answer for it: ``postgres``, ``redis``, ``postgres:NAME``, ``redis:NAME``.
+        ready_checks: functions that must not raise for it, called on greenlets.
+        ready_timeout: seconds that all these checks may take.
+        metrics_path: where Prometheus finds the metrics, such as ``/metrics``, with the token of
+            ``PUFF_METRICS_TOKEN``; empty for nowhere.
+        compression: compress responses, see `CompressionOptions`; None for not at all.
+        cors: which other origins may use this server, see `CorsOptions`; None for none.
+        static: folders whose files are served, see `StaticFiles`.
+        filters: more that every request and response goes through, see `puff_patch.server.filters`.
         on_stop: called in order after the last request, also after a forced stop; to close pools, for one.
     """
 
@@ -81,12 +107,36 @@ class ServerOptions:
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
+    access_log_format: Literal["text", "json"] = "text"
+    request_ids: bool = False
+    trusted_proxies: tuple[str, ...] = ()
+    proxy_headers: tuple[str, ...] = ("x-forwarded-for", "x-forwarded-proto")
+    health_path: str = ""
+    ready_path: str = ""
+    ready_services: tuple[str, ...] = ()
+    ready_checks: tuple[Callable[[], object], ...] = ()
+    ready_timeout: float = 2.0
+    metrics_path: str = ""
+    compression: CompressionOptions | None = None
+    cors: CorsOptions | None = None
+    static: tuple[StaticFiles, ...] = ()
     max_websockets: int = 10000
     websocket_max_size: int = 1024 * 1024
     websocket_origins: tuple[str, ...] = ()
     websocket_require_origin: bool = False
+    workers: int = 1
+    worker_start_timeout: float = 60.0
+    max_requests: int = 0
+    max_requests_jitter: int = 0
+    reload: bool = False
+    reload_dirs: tuple[str, ...] = ()
     filters: tuple[Filter, ...] = ()
     on_stop: tuple[Callable[[], object], ...] = field(default=())
+
+    @property
+    def supervised(self) -> bool:
+        """Whether worker processes serve, and not the one that is told to."""
+        return self.workers != 1 or self.reload or self.max_requests > 0
 
     def __post_init__(self) -> None:
         if self.http not in ("auto", "1", "2"):
@@ -94,8 +144,12 @@ class ServerOptions:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, not {self.port}")
         for name in (
-            *("backlog", "max_connections", "max_greenlets", "http2_max_concurrent_streams"),
-            *("max_websockets", "websocket_max_size"),
+            "backlog",
+            "max_connections",
+            "max_greenlets",
+            "http2_max_concurrent_streams",
+            "max_websockets",
+            "websocket_max_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -105,7 +159,10 @@ class ServerOptions:
             raise ValueError(f"max_head_size must be at least 8192, not {self.max_head_size}")
         if self.max_body_size is not None and self.max_body_size < 0:
             raise ValueError(f"max_body_size must not be negative, not {self.max_body_size}")
-        for name in ("idle_timeout", "client_timeout"):
+        for name in ("workers", "max_requests", "max_requests_jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("idle_timeout", "client_timeout", "worker_start_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.websocket_max_size > _FRONT_MESSAGE_SIZE:
@@ -119,6 +176,16 @@ class ServerOptions:
         self._check_ssl()
         if self.graceful_timeout < 0:
             raise ValueError(f"graceful_timeout must not be negative, not {self.graceful_timeout}")
+        if self.access_log_format not in ("text", "json"):
+            raise ValueError(f'access_log_format must be "text" or "json", not {self.access_log_format!r}')
+        if self.ready_timeout <= 0:
+            raise ValueError(f"ready_timeout must be positive, not {self.ready_timeout}")
+        if (self.ready_services or self.ready_checks) and not self.ready_path:
+            raise ValueError("ready_services and ready_checks need a ready_path to be asked at")
+        for name in ("health_path", "ready_path", "metrics_path"):
+            path = getattr(self, name)
+            if path and not path.startswith("/"):
+                raise ValueError(f"{name} must begin with '/', unlike {path!r}")
 
     def _check_ssl(self) -> None:
         if self.ssl_min_version not in ("1.2", "1.3"):

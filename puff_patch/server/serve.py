@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import gevent
@@ -19,9 +21,12 @@ from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
 from puff_patch.server.admission import Admission, Refusal
 from puff_patch.server.apps import Applications
-from puff_patch.server.filters import Filters, Responder
+from puff_patch.server.filters import Answer, Life, Responder
+from puff_patch.server.filters.build import build_filters
 from puff_patch.server.front import ClientDisconnected, Exchange, Front, WebSocketExchange
+from puff_patch.server.link import CUT, GO, LEAVE, READY, REPLACE, STOP, Link, link
 from puff_patch.server.listener import Listener
+from puff_patch.server.notify import notify
 from puff_patch.server.options import ServerError, ServerOptions
 from puff_patch.server.tls import TLS, check_tls
 from puff_patch.server.websocket import WebSockets, no_application, upgrade_required
@@ -32,10 +37,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("puff_patch.server")
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A client that has connected or been told to close gets this long, in seconds, to send one more request.
 _QUIET = 0.2
 _POLL = 0.02
+# The same for a worker whose successor serves already: nobody waits for it to end.
+_LONG_QUIET = 1.0
 # Where new clients cannot be turned away, the quiet may never come: then stop accepting after this long.
 _UNFILTERED = 1.0
 # For what is left after the limit: to unwind killed requests, and for the front's threads to end.
@@ -54,6 +60,9 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
     One line with the address goes to stdout once connections are accepted. What blocks the hub meanwhile is
     logged, see ``puff_patch.watch_hub``.
 
+    In a process that a supervisor has started (see `puff_patch.server.run`) it is a worker: it accepts from the
+    socket that the supervisor listens on, and the supervisor says when to stop.
+
     Args:
         app: a WSGI application, or several of any kind; they should be cooperative, see ``puff_patch.patch_all``.
         options: see :class:`ServerOptions`; None for the defaults.
@@ -69,32 +78,44 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
     if not get_hub().main_hub:
         raise ServerError("serve() must be called in the main thread: only there can signals stop it")
     tls = check_tls(options)
-    listener = Listener(options)
+    supervisor = link()
+    listener = Listener(options, None if supervisor is None else supervisor.receive_listener())
     try:
         apps = app if isinstance(app, Applications) else Applications(wsgi=app)
-        return _Server(apps, options, listener, tls).run()
+        return _Server(apps, options, listener, tls, supervisor).run()
     finally:
         listener.close()
+        if supervisor is not None:
+            supervisor.close()
 
 
 class _Server:
-    def __init__(self, apps: Applications, options: ServerOptions, listener: Listener, tls: TLS | None) -> None:
+    def __init__(
+        self,
+        apps: Applications,
+        options: ServerOptions,
+        listener: Listener,
+        tls: TLS | None,
+        supervisor: Link | None,
+    ) -> None:
         if apps.asgi is not None:
             raise ServerError("no ASGI application can be served for now")
-        filters = [*options.filters]
-        self._filters = Filters(filters) if filters else None
+        self._life = Life()
+        connections, websockets = _affordable(
+            options.max_connections, options.max_websockets if apps.websockets else 0
+        )
+        try:
+            self._filters = build_filters(options, self._life)
+            self._websockets = WebSockets(apps.websockets, options, self._filters, limit=max(1, websockets))
+        except (ValueError, ImportError) as exc:
+            raise ServerError(str(exc)) from exc
         self._options = options
         self._listener = listener
         self._pool = WarmPool(options.max_greenlets)
         self._apps = apps
-        connections, websockets = _affordable(
-            options.max_connections, options.max_websockets if apps.websockets else 0
+        self._handler = WSGIHandler(
+            apps.wsgi or no_application, listener.address, multiprocess=supervisor is not None
         )
-        self._handler = WSGIHandler(apps.wsgi or no_application, listener.address, access_log=options.access_log)
-        try:
-            self._websockets = WebSockets(apps.websockets, options, self._filters, limit=max(1, websockets))
-        except ValueError as exc:
-            raise ServerError(str(exc)) from exc
         self._front = Front(
             listener,
             self._on_request,
@@ -111,17 +132,35 @@ class _Server:
             websocket_max_size=options.websocket_max_size,
         )
         self._admission = Admission(options, self._front.active)
-        self._signals = 0
-        self._signalled = Event()
+        self._supervisor = supervisor
+        self._replaced = False
+        self._requests_left = -1
+        if supervisor is not None and options.max_requests:
+            self._requests_left = options.max_requests + random.randint(0, options.max_requests_jitter)
+        self._go = Event()
+        self._told = Event()
         self._forced = Event()
 
     def run(self) -> int:
         if self._options.access_log:
-            access_log.enable()
-        with _on_signals(self._on_signal), Mailbox.current().hold(), _watched():
-            self._front.start()
-            print(f"puff_patch is listening on {self._listener.url}", flush=True)
-            self._signalled.wait()
+            access_log.enable(self._options.access_log_format)
+        with ExitStack() as running:
+            running.enter_context(Mailbox.current().hold())
+            running.enter_context(_watched())
+            if self._supervisor is None:
+                running.enter_context(_on_signals(self._on_signal, signal.SIGTERM, signal.SIGINT))
+                self._front.start()
+                self._life.started = True
+                print(f"puff_patch is listening on {self._listener.url}", flush=True)
+                notify("READY=1")
+            else:
+                running.enter_context(_on_signals(self._ask_to_be_replaced, signal.SIGTERM))
+                running.enter_context(self._supervisor.listening(self._on_message))
+                self._supervisor.say(READY)
+                self._go.wait()
+                self._front.start()
+                self._life.started = True
+            self._told.wait()
             try:
                 code = self._stop()
             finally:
@@ -135,19 +174,33 @@ class _Server:
         return code
 
     def _on_request(self, exchange: Exchange) -> None:
-        refused = self._admission.check(exchange.scope)
-        if refused is not None:
+        if self._requests_left > 0:
+            self._requests_left -= 1
+            if not self._requests_left:
+                self._ask_to_be_replaced()
+        responder = None if self._filters is None else self._filters.begin(exchange.scope)
+        if isinstance(responder, Answer) and responder.urgent:
+            self._answer(responder, exchange)
+        elif (refused := self._admission.check(exchange.scope)) is not None:
             self._refuse(exchange, refused)
-            return
-        if self._filters is not None:
-            responder = self._filters.begin(exchange.scope)
-            if responder is not None:
-                self._pool.submit(self._answer, responder, exchange)
-                return
-        if self._apps.wsgi is None and self._websockets.find(exchange.scope) is not None:
+        elif responder is not None:
+            self._pool.submit(self._answer, responder, exchange)
+        elif self._apps.wsgi is None and self._websockets.find(exchange.scope) is not None:
             self._pool.submit(self._answer, upgrade_required, exchange)
-            return
-        self._pool.submit(self._handler, exchange)
+        else:
+            self._pool.submit(self._handler, exchange)
+
+    def _refuse(self, exchange: Exchange, refused: Refusal) -> None:
+        """Answer a request at once that is not let in; from then on it does not count."""
+        status, headers, body = refused
+        if self._handler.closing and exchange.scope["http_version"] != "2":
+            headers.append((b"connection", b"close"))
+        exchange.respond(status, headers, body)
+        exchange.forget()
+        if exchange.is_client_sending:
+            gevent.spawn(_discard, exchange)
+        else:
+            exchange.release()
 
     def _on_websocket(self, exchange: WebSocketExchange) -> None:
         found = self._websockets.find(exchange.scope)
@@ -156,24 +209,17 @@ class _Server:
         else:
             self._websockets.refuse(exchange)
 
-    def _refuse(self, exchange: Exchange, refused: Refusal) -> None:
-        """Answer a request at once that is not let in; from then on it does not count."""
-        began = time.perf_counter()
-        status, headers, body = refused
-        if self._handler.closing and exchange.scope["http_version"] != "2":
-            headers.append((b"connection", b"close"))
-        exchange.respond(status, headers, body)
-        exchange.forget()
-        if self._options.access_log:
-            access_log.log_request(exchange.scope, status, len(body), began)
-        if exchange.is_client_sending:
-            gevent.spawn(_discard, exchange)
-        else:
-            exchange.release()
-
     def _answer(self, responder: Responder, exchange: Exchange) -> None:
+        """Have a filter's answer sent instead of an application's."""
+        handler, http2 = self._handler, exchange.scope["http_version"] == "2"
+        if http2:
+            handler.http2_running += 1
+        else:
+            handler.http1_begun += 1
         try:
             responder(exchange)
+            if exchange.is_client_sending and not (isinstance(responder, Answer) and responder.urgent):
+                exchange.discard_request()
         except ClientDisconnected:
             exchange.abort()
         except BaseException:
@@ -181,16 +227,32 @@ class _Server:
             raise
         finally:
             exchange.release()
+            if http2:
+                handler.http2_running -= 1
 
     def _on_signal(self) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            self._signalled.set()
-        else:
+        self._on_message(CUT if self._told.is_set() else STOP)
+
+    def _ask_to_be_replaced(self) -> None:
+        # And not end at once: others, the supervisor too, may have got the same signal, and then nobody is left
+        # who would take the connections that wait.
+        if self._supervisor is not None:
+            self._supervisor.say(REPLACE)
+
+    def _on_message(self, message: bytes) -> None:
+        if message == CUT:
             self._forced.set()
+        if message != GO and not self._told.is_set():
+            # Without a supervisor (b""), all its workers end.
+            self._replaced = message == LEAVE
+            self._told.set()
+        # Who is told to stop before it serves does both.
+        self._go.set()
 
     def _stop(self) -> int:
-        limit = time.monotonic() + self._options.graceful_timeout
+        if self._supervisor is None:
+            notify("STOPPING=1")
+        limit = limit_of_quiet = time.monotonic() + self._options.graceful_timeout
         logger.info(
             "Stopping: %d requests are running, and %d WebSockets open",
             self._pool.running + self._pool.waiting,
@@ -199,10 +261,13 @@ class _Server:
         self._websockets.go_away()
         # From now on, whoever has a connection is asked to close it with the next response.
         self._handler.closing = True
-        filtered = self._listener.turn_away()
-        if not filtered:
+        self._life.stopping = True
+        if self._replaced:
+            self._front.stop_accepting()
+        elif not self._listener.turn_away():
             logger.info("New clients cannot be turned away on this platform; some may see a reset connection.")
-        self._wait_quiet(limit if filtered else min(limit, time.monotonic() + _UNFILTERED))
+            limit_of_quiet = min(limit, time.monotonic() + _UNFILTERED)
+        self._wait_quiet(limit_of_quiet)
         self._front.stop()
         while not self._forced.is_set() and time.monotonic() < limit:
             if self._websockets.running:
@@ -217,15 +282,18 @@ class _Server:
         One of HTTP/2 does not count: the front can tell its client, with GOAWAY, which requests it takes.
         """
         handler, pool = self._handler, self._pool
+        quiet = _LONG_QUIET if self._replaced else _QUIET
         begun = -1
         quiet_since = 0.0
         while not self._forced.wait(_POLL):
             now = time.monotonic()
             running = pool.running + pool.waiting - handler.http2_running
-            if running > 0 or handler.http1_begun != begun or self._listener.queued():
+            if running > 0 or handler.http1_begun != begun or (not self._replaced and self._listener.queued()):
                 begun = handler.http1_begun
                 quiet_since = now
-            if now - quiet_since >= _QUIET or now >= limit:
+            elif self._replaced and now - quiet_since >= _QUIET and not self._front.has_connections():
+                return
+            if now - quiet_since >= quiet or now >= limit:
                 return
 
     def _cut(self) -> int:
@@ -261,18 +329,18 @@ def _watched() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _on_signals(callback: Callable[[], None]) -> Iterator[None]:
-    """Have the hub call ``callback`` for SIGTERM and SIGINT within the block."""
+def _on_signals(callback: Callable[[], None], *signals: signal.Signals) -> Iterator[None]:
+    """Have the hub call ``callback`` for the signals within the block."""
     # The loop's own watchers, for a handler of signal.signal() runs only when Python code does, and an idle
     # hub runs none.
-    watchers = [(signum, get_hub().loop.signal(signum)) for signum in _SIGNALS]
-    before = [(signum, signal.getsignal(signum)) for signum in _SIGNALS]
+    watchers = [get_hub().loop.signal(signum) for signum in signals]
+    before = [(signum, signal.getsignal(signum)) for signum in signals]
     try:
-        for _, watcher in watchers:
+        for watcher in watchers:
             watcher.start(callback)
         yield
     finally:
-        for _, watcher in watchers:
+        for watcher in watchers:
             watcher.close()
         for signum, handler in before:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from http.cookies import _unquote as unquote_cookie
-from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -20,7 +19,6 @@ import gevent
 from gevent import GreenletExit
 
 from puff_patch.runtime import WarmPool
-from puff_patch.server.access_log import log_request
 from puff_patch.server.front import Exchange, WebSocketClosed, WebSocketExchange, WebSocketTimeout
 
 if TYPE_CHECKING:
@@ -372,14 +370,11 @@ class WebSockets:
 
     def begin(self, exchange: WebSocketExchange, handler: WebSocketHandler, path_params: dict[str, str]) -> None:
         """Take a handshake: run its handler, or refuse it.  Call it in the hub."""
+        if self._is_answered(exchange):
+            return
         scope = exchange.scope
-        # A handshake is a request of GET, and filters look at requests.
-        scope["method"] = "GET"
-        responder = None if self._filters is None else self._filters.begin(scope)
         if sum(name == b"host" for name, _ in scope["headers"]) != 1 or not _header(scope, b"host"):
             gevent.spawn(self._answer, exchange, _refuse, exchange, 400)
-        elif responder is not None:
-            gevent.spawn(self._answer, exchange, responder, exchange)
         elif self._closing or len(self._open) >= self._pool.max_greenlets:
             gevent.spawn(self._answer, exchange, _refuse, exchange, 503)
         elif not self._is_welcome(scope):
@@ -391,8 +386,8 @@ class WebSockets:
 
     def refuse(self, exchange: WebSocketExchange, status: int = 404) -> None:
         """Refuse a handshake that no handler is for."""
-        exchange.scope["method"] = "GET"
-        gevent.spawn(self._answer, exchange, _refuse, exchange, status)
+        if not self._is_answered(exchange):
+            gevent.spawn(self._answer, exchange, _refuse, exchange, status)
 
     def go_away(self) -> None:
         """Close every WebSocket with 1001, refuse further ones with 503; their handlers go on to their end."""
@@ -412,6 +407,15 @@ class WebSockets:
         """End what is kept for further WebSockets, after the last one."""
         self._pool.close()
 
+    def _is_answered(self, exchange: WebSocketExchange) -> bool:
+        """Show a handshake to the filters; say whether one of them answers it."""
+        # It is a request of GET, and filters look at requests.
+        exchange.scope["method"] = "GET"
+        responder = None if self._filters is None else self._filters.begin(exchange.scope)
+        if responder is not None:
+            gevent.spawn(self._answer, exchange, responder, exchange)
+        return responder is not None
+
     def _is_welcome(self, scope: dict[str, Any]) -> bool:
         """Whether a handshake comes from a web site that may, or from no browser."""
         origin, host = _header(scope, b"origin"), _header(scope, b"host")
@@ -429,7 +433,6 @@ class WebSockets:
 
     def _run(self, websocket: WebSocket, handler: WebSocketHandler) -> None:
         exchange = websocket._exchange
-        began = perf_counter()
         try:
             handler(websocket)
         except WebSocketClosed:
@@ -444,14 +447,13 @@ class WebSockets:
             self._end(websocket, 1000, 403)
         finally:
             self._open.discard(websocket)
-            self._release(exchange, began)
+            self._release(exchange)
 
     def _answer(self, exchange: WebSocketExchange, responder: Callable[..., object], *args: Any) -> None:
-        began = perf_counter()
         try:
             responder(*args)
         finally:
-            self._release(exchange, began)
+            self._release(exchange)
 
     def _fail(self, websocket: WebSocket) -> None:
         logger.exception("The WebSocket %s failed", websocket.path)
@@ -463,14 +465,12 @@ class WebSockets:
         elif not websocket.closed:
             _refuse(websocket._exchange, status)
 
-    def _release(self, exchange: WebSocketExchange, began: float) -> None:
+    def _release(self, exchange: WebSocketExchange) -> None:
         try:
             exchange.release()
         finally:
             if self._filters is not None:
                 self._filters.end(exchange.scope, exchange.status, 0)
-            if self._options.access_log:
-                log_request(exchange.scope, exchange.status, 0, began)
 
 
 def no_application(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:

@@ -8,13 +8,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from gevent import GreenletExit
 
-from puff_patch.server.access_log import log_request
 from puff_patch.server.body import RequestBody
 from puff_patch.server.front import BodyTooLarge, ClientDisconnected, Exchange
 
@@ -57,7 +55,7 @@ class WSGIHandler:
     Args:
         app: the application.
         address: host and port the server listens on, ``("", 0)`` for a Unix socket.
-        access_log: log one line a request.
+        multiprocess: whether other processes run the application as well.
 
     Attributes:
         closing: set it to have every further HTTP/1 response ask the client to close its connection.
@@ -65,12 +63,11 @@ class WSGIHandler:
         http1_begun: how many requests of HTTP/1 have begun so far.
     """
 
-    def __init__(self, app: WSGIApplication, address: tuple[str, int], *, access_log: bool = False) -> None:
+    def __init__(self, app: WSGIApplication, address: tuple[str, int], *, multiprocess: bool = False) -> None:
         self.app = app
         self.closing = False
         self.http2_running = 0
         self.http1_begun = 0
-        self._access_log = access_log
         host, port = address
         if host in ("", "0.0.0.0", "::"):
             host = socket.gethostname()
@@ -83,7 +80,7 @@ class WSGIHandler:
             "wsgi.version": (1, 0),
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
+            "wsgi.multiprocess": multiprocess,
             "wsgi.run_once": False,
             "wsgi.input_terminated": True,
             "wsgi.file_wrapper": FileWrapper,
@@ -97,7 +94,6 @@ class WSGIHandler:
             self.http2_running += 1
         else:
             self.http1_begun += 1
-        began = perf_counter() if self._access_log else 0.0
         response = _Response(self, exchange)
         try:
             environ = self._build_environ(exchange)
@@ -122,8 +118,6 @@ class WSGIHandler:
             exchange.release()
             if http2:
                 self.http2_running -= 1
-            if self._access_log:
-                log_request(scope, response.sent_status, response.sent, began)
 
     def _build_environ(self, exchange: Exchange) -> WSGIEnvironment:
         scope = exchange.scope
@@ -182,11 +176,6 @@ class _Response:
         self._bodyless = head
         self._state = _NOTHING_SENT
         self.sent = 0
-
-    @property
-    def sent_status(self) -> int:
-        """The status code that was sent, 0 if none was."""
-        return self._exchange.refused or (0 if self._state is _NOTHING_SENT else self._status)
 
     def run(self, app: WSGIApplication, environ: WSGIEnvironment) -> None:
         """Call the application and send what it returns."""
@@ -291,7 +280,11 @@ class _Response:
             if self._handler.closing and scope["http_version"] != "2":
                 headers.append(_CLOSE)
             self._status, self._headers = 500, headers
-            self._respond(body)
+            try:
+                self._respond(body)
+            except Exception:
+                logger.exception("%s %s: its error could not be told", method, path)
+                self._exchange.abort()
 
     def _send_list(self, parts: list[bytes]) -> None:
         """Send a body that is all there: its length is known, and it needs no waiting."""

@@ -33,3 +33,18 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
     yield start
     for process in started:
         process.stop()
+
+
+@pytest.fixture(scope="module")
+def start_module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """Like ``start_server``, for servers that all tests of a module share; they must end without an error."""
+    started: list[ServerProcess] = []
+
+    def start(env: dict[str, str] | None = None, **options: Any) -> ServerProcess:
+        log = tmp_path_factory.mktemp("server") / "stderr"
+        started.append(ServerProcess(sample_command(**options), log, env))
+        return started[-1]
+
+    yield start
+    for process in started:
+        assert process.stop() == 0, process.output()

@@ -11,6 +11,7 @@ import puff_patch
 puff_patch.patch_all()
 
 import contextvars
+import functools
 import hashlib
 import io
 import json
@@ -27,7 +28,8 @@ from wsgiref.validate import validator
 
 import gevent
 
-from puff_patch.server import ServerError, ServerOptions, serve
+from puff_patch.server import ServerError, ServerOptions, run
+from puff_patch.server.filters import CompressionOptions, CorsOptions, StaticFiles
 
 Environ = dict[str, Any]
 Start = Callable[..., Callable[[bytes], object]]
@@ -374,6 +376,32 @@ def own_pid(environ: Environ, start: Start) -> list[bytes]:
     return show(start, os.getpid())
 
 
+@route
+def respond(environ: Environ, start: Start) -> Iterable[bytes]:
+    """Answer as the query says: its status line, its headers (JSON), so many bytes of text."""
+    query = query_of(environ)
+    headers = list(json.loads(query.get("headers", "{}")).items())
+    body = (b"some text that repeats itself; " * (int(query.get("size", 0)) // 31 + 1))[
+        : int(query.get("size", 0))
+    ]
+    if "stream" in query:
+        start(query.get("line", "200 OK"), headers)
+        return (body[at : at + 1000] for at in range(0, len(body), 1000))
+    start(query.get("line", "200 OK"), [*headers, ("Content-Length", str(len(body)))])
+    return [body]
+
+
+@functools.cache
+def many_digits() -> bytes:
+    return os.urandom(5_000_000).hex().encode()
+
+
+@route
+def digits(environ: Environ, start: Start) -> list[bytes]:
+    """Text that takes a while to compress."""
+    return plain(start, many_digits()[: int(query_of(environ)["size"])])
+
+
 checked = validator(
     lambda environ, start: plain(
         start, b"validated " + environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"] or 0))
@@ -402,10 +430,19 @@ def stop_slowly() -> None:
     logging.getLogger("sample_app").warning("on_stop was called")
 
 
+def options_of(values: dict[str, Any]) -> ServerOptions:
+    """Options from what JSON can say."""
+    for name, kind in (("compression", CompressionOptions), ("cors", CorsOptions)):
+        if name in values:
+            values[name] = kind(**values[name])
+    values["static"] = tuple(StaticFiles(**one) for one in values.get("static", ()))
+    return ServerOptions(**values, on_stop=(stop_slowly,))
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code = serve(application, ServerOptions(**json.loads(sys.argv[1]), on_stop=(stop_slowly,)))
+        code = run(lambda: application, options_of(json.loads(sys.argv[1])))
     except ServerError as error:
         sys.exit(f"error: {error}")
     sys.exit(code)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,67 @@ def test_prints_where_it_listens_and_what_is_not_migrated() -> None:
         process.stdout.close()
 
 
+def test_workers_that_reload(start_server: StartServer, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(PROJECT, project, ignore=shutil.ignore_patterns("__pycache__"))
+    line = [
+        sys.executable,
+        "-W",
+        "error",
+        str(project / "manage.py"),
+        "runpuff",
+        "0",
+        "--workers",
+        "2",
+        "--reload",
+    ]
+    server = start_server(line, {"PROJECT_APPLICATION": "project_wsgi.application"})
+    assert server.request("/hello")[1] == b"hello you"
+    urls = project / "project_urls.py"
+    urls.write_text(urls.read_text().replace("hello {", "good morning {"))
+    limit = time.monotonic() + 10
+    while {server.request("/hello")[1] for _ in range(4)} != {b"good morning you"}:
+        assert time.monotonic() < limit
+    assert server.stop() == 0
+    # Said once, and not by each worker.
+    assert server.output().count("cannot be used") == 0
+    assert "Traceback" not in server.output()
+
+
+def test_checks_are_run_once_for_all_workers() -> None:
+    process = subprocess.Popen(
+        command("0", "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    try:
+        output = ""
+        for line in process.stdout:
+            output += line
+            if "listening on http://127.0.0.1:" in line:
+                process.terminate()
+        assert output.count("Performing system checks") == 1
+        assert output.count("unapplied migration(s)") == 1
+        assert output.count("listening on") == 1
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
+        process.stdout.close()
+
+
+def test_worker_that_cannot_load_the_application() -> None:
+    error = fail("0", "--workers", "2", PROJECT_APPLICATION="no_such.application")
+    assert error.count("No module named 'no_such'") == 1
+
+
+def test_servers_that_share_a_port(start_server: StartServer) -> None:
+    shared = {"PUFF_REUSE_PORT": "1"}
+    first = start_server(command("0"), shared)
+    second = start_server(command(str(first.port), "--workers", "2"), shared)
+    assert second.port == first.port
+    assert first.stop() == 0
+    assert {second.request("/hello")[1] for _ in range(10)} == {b"hello you"}
+
+
 def test_database_that_cannot_be_reached(start_server: StartServer) -> None:
     server = start_server(command(), {"PROJECT_DATABASE": NOWHERE, "PROJECT_DEBUG": "1"})
     lines = [line for line in server.output().splitlines() if "cannot be used now" in line]
@@ -156,7 +219,9 @@ def test_port_in_use(debug_server: ServerProcess) -> None:
         (["nonsense:x"], {}, "'nonsense:x' is not a valid port number or address:port pair"),
         (["70000"], {}, "70000 is not a valid port number"),
         (["192.0.2.1:0"], {}, "the address is not one of this machine"),
-        (["0", "--workers", "2"], {}, "Several workers come in a later version"),
+        (["0", "--reload-dir", "/no/such/folder", "--reload"], {}, "there is no such folder"),
+        (["0", "--max-requests", "-1"], {}, "max_requests must not be negative"),
+        ([], {"PUFF_REUSE_PORT": "maybe"}, "PUFF_REUSE_PORT takes 1 or 0"),
         (["0", "--max-greenlets", "0"], {}, "max_greenlets must be at least 1"),
         ([], {"PROJECT_NO_HOSTS": "1"}, "You must set settings.ALLOWED_HOSTS"),
         ([], {"PROJECT_APPLICATION": ""}, "settings.WSGI_APPLICATION is not set"),

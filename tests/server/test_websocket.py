@@ -40,7 +40,9 @@ def command(**options: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """For tests that leave the server as it was."""
-    process = ServerProcess(command(max_greenlets=4), tmp_path_factory.mktemp("websocket") / "stderr")
+    process = ServerProcess(
+        command(max_greenlets=4, max_queued=0), tmp_path_factory.mktemp("websocket") / "stderr"
+    )
     yield process
     assert process.stop() == 0, process.output()
 
@@ -240,7 +242,7 @@ def test_handler_that_waits_elsewhere_hears_of_the_end(server: ServerProcess) ->
 
 def test_websockets_do_not_count_as_requests(server: ServerProcess) -> None:
     async def run() -> None:
-        sockets = [await connect_async(url(server, "/echo")) for _ in range(20)]  # of 4 greenlets for requests
+        sockets = [await connect_async(url(server, "/echo")) for _ in range(20)]  # and 4 requests at the most
         answer = await asyncio.to_thread(server.json, "/seen")
         assert answer["path"] == "/seen"
         for ws in sockets:

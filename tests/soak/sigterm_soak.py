@@ -1,6 +1,8 @@
 """A server that is stopped with SIGTERM and started again, over and over, under load. It must lose no request.
 
-    python tests/soak/sigterm_soak.py [SECONDS]
+    python tests/soak/sigterm_soak.py [SECONDS [WORKERS]]
+
+With several workers it is also told, with SIGHUP, to replace them, and now and then again before it is done.
 
 Lost is a request whose bytes were sent on an established connection and whose response did not come, or not
 whole. A client may find the connection refused or slow while it connects, and a kept connection closed
@@ -120,8 +122,8 @@ class Client:
         self.buffer += data
 
 
-def start(port: int) -> subprocess.Popen[bytes]:
-    options = json.dumps({"port": port, "graceful_timeout": 10})
+def start(port: int, workers: int) -> subprocess.Popen[bytes]:
+    options = json.dumps({"port": port, "graceful_timeout": 10, "workers": workers})
     process = subprocess.Popen([sys.executable, str(SAMPLE_APP), options], stdout=subprocess.PIPE)
     assert process.stdout is not None
     if not process.stdout.readline():
@@ -135,11 +137,11 @@ def free_port() -> int:
         return port
 
 
-def main(seconds: float) -> int:
+def main(seconds: float, workers: int) -> int:
     """Run the soak and print what was counted."""
     port = free_port()
     counts: Counter[str] = Counter()
-    process = start(port)
+    process = start(port, workers)
     # Most clients are busy, some leave their connection idle for longer than the server stays quiet.
     clients = [Client(port, counts, 0.5 if number % 6 == 5 else 0.02) for number in range(CLIENTS)]
     tasks = [gevent.spawn(client.run) for client in clients]
@@ -148,12 +150,16 @@ def main(seconds: float) -> int:
     try:
         while time.monotonic() < end:
             gevent.sleep(random.uniform(0.3, 0.8))
+            for _ in range(random.choice((1, 2, 4)) if workers > 1 else 0):
+                process.send_signal(signal.SIGHUP)
+                counts["SIGHUP"] += 1
+                gevent.sleep(random.uniform(0.1, 1.5))
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             code = process.wait()
             stops.append(time.monotonic() - began)
             counts[f"exit code {code}"] += 1
-            process = start(port)
+            process = start(port, workers)
     finally:
         gevent.killall(tasks)
         process.send_signal(signal.SIGTERM)
@@ -166,4 +172,5 @@ def main(seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]) if len(sys.argv) > 1 else 30))
+    arguments = sys.argv[1:]
+    sys.exit(main(float(arguments[0]) if arguments else 30, int(arguments[1]) if len(arguments) > 1 else 1))

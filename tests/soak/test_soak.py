@@ -36,8 +36,9 @@ def test_a_pool_survives_kills_time_outs_and_ended_sessions(driver: str, service
 
 
 @pytest.mark.skipif(not SECONDS, reason="make soak runs it")
-def test_a_server_that_is_restarted_loses_no_request() -> None:
-    soak("sigterm_soak.py", str(SECONDS), seconds=SECONDS, env={})
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_server_that_is_restarted_loses_no_request(workers: int) -> None:
+    soak("sigterm_soak.py", str(SECONDS), str(workers), seconds=SECONDS, env={})
 
 
 def test_random_bytes_neither_hang_nor_fail_nor_grow_the_server() -> None:

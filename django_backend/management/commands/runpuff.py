@@ -18,6 +18,7 @@ from django.core.servers.basehttp import get_internal_wsgi_application
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 
 import puff_patch
+from puff_patch import config
 
 _DATABASE_SECONDS = 10.0
 
@@ -30,7 +31,7 @@ Put these two lines first in manage.py (and in wsgi.py), before every other impo
 
 
 class Command(BaseCommand):
-    """Serve the WSGI application of the project in this process, on greenlets, until SIGTERM or Ctrl-C."""
+    """Serve the WSGI application of the project on greenlets, in one process or more, until SIGTERM or Ctrl-C."""
 
     help = "Serves the project's WSGI application on greenlets behind a Rust HTTP front."
 
@@ -45,7 +46,45 @@ class Command(BaseCommand):
             default="8000",
             help="port, or address:port; port 0 takes a free one. Default: 127.0.0.1:8000.",
         )
-        parser.add_argument("--workers", type=int, default=1, help="number of processes; only 1 for now.")
+        parser.add_argument(
+            "--workers",
+            type=_workers,
+            default=1,
+            metavar="N",
+            help='number of processes that serve; "auto" is one for each usable CPU. Default: 1.',
+        )
+        parser.add_argument(
+            "--reload",
+            action="store_true",
+            help="serve anew whenever a file of the program changes; for development.",
+        )
+        parser.add_argument(
+            "--reload-dir",
+            action="append",
+            default=[],
+            metavar="DIR",
+            help="a folder to watch for --reload instead of the program's; may be given several times.",
+        )
+        parser.add_argument(
+            "--max-requests",
+            type=int,
+            default=0,
+            metavar="N",
+            help="replace a worker after so many requests, against leaks of memory. Default: never.",
+        )
+        parser.add_argument(
+            "--max-requests-jitter",
+            type=int,
+            default=0,
+            metavar="N",
+            help="up to how many requests more, at random, so that workers are not all replaced at one time.",
+        )
+        parser.add_argument(
+            "--reuse-port",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="let other servers listen on the same port at the same time. Default: PUFF_REUSE_PORT, or not.",
+        )
         parser.add_argument(
             "--graceful-timeout",
             type=float,
@@ -80,18 +119,14 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         """Check the project, then serve it."""
         from django_backend.websocket import get_handlers
-        from puff_patch.server import Applications, ServerError, ServerOptions, serve
+        from puff_patch.server import Applications, ServerError, ServerOptions, is_worker, run
 
         host, port = _address(options["addrport"])
-        if options["workers"] != 1:
-            raise CommandError(
-                "Several workers come in a later version; until then run several processes behind a proxy."
-            )
         if not puff_patch.is_patched("sockets"):
             raise CommandError(_NOT_PATCHED)
         if not settings.DEBUG and not settings.ALLOWED_HOSTS:
             raise CommandError("You must set settings.ALLOWED_HOSTS if DEBUG is False.")
-        access_log = options["access_log"]
+        access_log, reuse_port = options["access_log"], options["reuse_port"]
         try:
             server_options = ServerOptions(
                 host=host,
@@ -99,18 +134,40 @@ class Command(BaseCommand):
                 graceful_timeout=options["graceful_timeout"],
                 max_greenlets=options["max_greenlets"],
                 access_log=settings.DEBUG if access_log is None else access_log,
+                reuse_port=config.current().reuse_port if reuse_port is None else reuse_port,
+                workers=options["workers"],
+                max_requests=options["max_requests"],
+                max_requests_jitter=options["max_requests_jitter"],
+                reload=options["reload"],
+                reload_dirs=tuple(options["reload_dir"]),
                 on_stop=(puff_patch.close_pools,),
             )
         except ValueError as exc:
             raise CommandError(str(exc)) from exc
         if options["embedded"]:
             self._start_embedded()
-        application = _application(nostatic=options["nostatic"], insecure=options["insecure"])
+        if not is_worker():
+            self._look_before(host, skip_checks=options["skip_checks"])
+            if server_options.supervised:
+                puff_patch.close_pools()  # this process needs them no more
+
+        def load() -> Applications:
+            application = _application(nostatic=options["nostatic"], insecure=options["insecure"])
+            try:
+                return Applications(wsgi=application, websockets=get_handlers())
+            except ImproperlyConfigured as exc:
+                raise CommandError(str(exc)) from exc
+
         try:
-            websockets = get_handlers()
-        except ImproperlyConfigured as exc:
+            code = run(load, server_options)
+        except ServerError as exc:
             raise CommandError(str(exc)) from exc
-        if not options["skip_checks"]:
+        if code:
+            sys.exit(code)
+
+    def _look_before(self, host: str, *, skip_checks: bool) -> None:
+        """Say, once and not in each worker, what is to be said before the server runs."""
+        if not skip_checks:
             self.stdout.write("Performing system checks...\n")
             self.check(display_num_errors=True)
         self._notice_migrations()
@@ -123,12 +180,6 @@ class Command(BaseCommand):
             f"Django version {self.get_version()}, using settings {settings.SETTINGS_MODULE!r}\n"
             "Quit the server with CONTROL-C."
         )
-        try:
-            code = serve(Applications(wsgi=application, websockets=websockets), server_options)
-        except ServerError as exc:
-            raise CommandError(str(exc)) from exc
-        if code:
-            sys.exit(code)
 
     def _start_embedded(self) -> None:
         """Start the embedded services, and this process anew if their addresses came too late for it."""
@@ -179,6 +230,15 @@ def _address(addrport: str) -> tuple[str, int]:
     if int(port) > 65535:
         raise CommandError(f"{port} is not a valid port number: the highest one is 65535.")
     return (ipv6[1:-1] if ipv6 else host or "127.0.0.1"), int(port)
+
+
+def _workers(text: str) -> int:
+    """Take a number of workers, or "auto", which is 0 to the server."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a number of workers from 1 on nor "auto".')
+    return int(text)
 
 
 def _is_loopback(host: str) -> bool:
