@@ -1,6 +1,6 @@
 """The smallest Django project: one view, no middleware.  What is left of a request is the server and Django.
 
-gunicorn --worker-class gevent bare:application      or      python benchmarks/bare.py PORT
+gunicorn --worker-class gevent bare:application      or      python benchmarks/bare.py PORT [WORKERS]
 """
 
 import puff_patch
@@ -34,4 +34,8 @@ application = get_wsgi_application()
 if __name__ == "__main__":
     from puff_patch.server import ServerOptions, serve
 
+    if len(sys.argv) > 2:
+        from puff_patch.server.supervisor import run
+
+        sys.exit(run(lambda: application, ServerOptions(port=int(sys.argv[1]), workers=int(sys.argv[2]))))
     sys.exit(serve(application, ServerOptions(port=int(sys.argv[1]))))

@@ -6,9 +6,28 @@ Redis connections, ``requests`` calls and Django backends cooperative, on bounde
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from puff_patch.patches import is_patched, patch_all, unpatch_all
 from puff_patch.patches.base import DidPatch, DidUnpatch, DoNotPatch, UnsupportedVersion, WillPatch
 from puff_patch.patches.sockets import PatchedTooLateWarning
+
+if TYPE_CHECKING:
+    from puff_patch.runtime.calls import (
+        Task,
+        TaskKilled,
+        global_state,
+        is_asyncio,
+        is_greenlet,
+        join_all,
+        join_iter,
+        set_global_state,
+        sleep_ms,
+        spawn,
+        wrap_async,
+    )
+    from puff_patch.runtime.native import blocking, read_file_bytes, spawn_blocking
 
 __version__ = "0.1.0.dev0"
 
@@ -17,17 +36,54 @@ __all__ = [
     "DidUnpatch",
     "DoNotPatch",
     "PatchedTooLateWarning",
+    "Task",
+    "TaskKilled",
     "UnsupportedVersion",
     "WillPatch",
+    "blocking",
     "close_pools",
+    "global_state",
     "hub_stats",
+    "is_asyncio",
+    "is_greenlet",
     "is_patched",
+    "join_all",
+    "join_iter",
     "patch_all",
+    "read_file_bytes",
+    "set_global_state",
+    "sleep_ms",
+    "spawn",
+    "spawn_blocking",
     "stats",
     "unpatch_all",
     "unwatch_hub",
     "watch_hub",
+    "wrap_async",
 ]
+
+# The functions for greenlets import gevent, which importing this package does not.
+_LAZY = {
+    **dict.fromkeys(("blocking", "read_file_bytes", "spawn_blocking"), "puff_patch.runtime.native"),
+    **dict.fromkeys(
+        (
+            *("Task", "TaskKilled", "global_state", "is_asyncio", "is_greenlet", "join_all", "join_iter"),
+            *("set_global_state", "sleep_ms", "spawn", "wrap_async"),
+        ),
+        "puff_patch.runtime.calls",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def stats() -> dict[str, dict[str, int]]:
@@ -100,3 +156,6 @@ def close_pools() -> None:
     http = sys.modules.get("puff_patch.pools.http")
     if http is not None:
         http.close_connections()
+    clients = sys.modules.get("puff_patch.pools.httpx")
+    if clients is not None:
+        clients.close_clients()

@@ -78,6 +78,38 @@ class PoolOptions:
             raise ConfigError(f"{where}: {error}") from None
 
 
+@dataclass(frozen=True)
+class HttpClientOptions:
+    """How one of the HTTP clients of `puff_patch.http` talks to servers.
+
+    Args:
+        http2_prior_knowledge: speak HTTP/2 from the first byte, also without TLS: for servers known to.
+        http2: use HTTP/2 with servers that offer it over TLS.
+        user_agent: the header of that name; empty for the library's own.
+        timeout: seconds that a request may take as a whole, unless it says otherwise itself.
+        connect_timeout: seconds that connecting may take.
+        max_connections: connections that may be open at once, in this process; further requests wait.
+        max_keepalive: how many of those are kept open while idle.
+        base_url: what relative URLs are relative to; empty for nothing.
+    """
+
+    http2_prior_knowledge: bool = False
+    http2: bool = True
+    user_agent: str = ""
+    timeout: float = 30.0
+    connect_timeout: float = 10.0
+    max_connections: int = 100
+    max_keepalive: int = 100
+    base_url: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "connect_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"HTTP client option {name} must be a positive number of seconds")
+        if self.max_connections < 1 or self.max_keepalive < 0:
+            raise ConfigError("HTTP client options max_connections >= 1 and max_keepalive >= 0 are expected")
+
+
 def _coerce(cls: type[PoolOptions], options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     types: dict[str, Any] = {f.name: type(f.default) for f in fields(cls)}
     coerced: dict[str, Any] = {}
@@ -113,6 +145,8 @@ class Config:
         blocked_hub_ms: milliseconds a greenlet may hold the hub before a warning tells which; 0 for never, None
             for `BLOCKED_HUB_MS` while serving and never elsewhere.
         reuse_port: whether servers share their port with others, see `ServerOptions.reuse_port`.
+        blocking_threads: native threads in which calls of `puff_patch.blocking` run at once.
+        http_clients: the options of each HTTP client by its name in lower case.
         metrics_token: what a client sends to read the metrics over HTTP; empty shows them to nobody.
     """
 
@@ -129,6 +163,8 @@ class Config:
     slow_checkout_ms: float = 1000.0
     blocked_hub_ms: float | None = None
     reuse_port: bool = False
+    blocking_threads: int = 32
+    http_clients: Mapping[str, HttpClientOptions] = field(default_factory=dict)
     metrics_token: str = field(default="", repr=False)
 
     def postgres_url(self, name: str = "default") -> str:
@@ -158,6 +194,10 @@ class Config:
 
             return embedded.ensure(self.data_dir).redis_url
         return DEFAULT_REDIS_URL
+
+    def http_client(self, name: str = "default") -> HttpClientOptions:
+        """The options of the HTTP client ``name``; the defaults if nothing was said of it."""
+        return self.http_clients.get(name.lower(), HttpClientOptions())
 
     def pools_postgres(self, name: str) -> bool:
         """Whether connections to a PostgreSQL server are pooled, as far as the operator is concerned.
@@ -209,6 +249,7 @@ class Config:
             slow_checkout_ms=_milliseconds(environ, "PUFF_SLOW_CHECKOUT_MS", defaults.slow_checkout_ms),
             blocked_hub_ms=blocked_hub_ms(environ),
             reuse_port=_flag(environ, "PUFF_REUSE_PORT"),
+            blocking_threads=_count(environ, "PUFF_BLOCKING_THREADS", defaults.blocking_threads),
             metrics_token=environ.get("PUFF_METRICS_TOKEN", ""),
         )
 
@@ -233,6 +274,15 @@ def _patterns(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
                 f"'*/reporting', separated by commas, got {pattern!r}"
             )
     return found
+
+
+def _count(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{name} takes a whole number of at least 1, got {environ[name]!r}")
+    return int(text)
 
 
 _M = TypeVar("_M", float, "float | None")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from puff_patch import config
-from puff_patch.config import Config, ConfigError, PoolOptions
+from puff_patch.config import Config, ConfigError, HttpClientOptions, PoolOptions
 
 
 def test_an_empty_environment_gives_the_documented_defaults() -> None:
@@ -142,6 +142,20 @@ def test_thresholds_of_the_warnings() -> None:
     assert (Config.from_env({}).slow_checkout_ms, Config.from_env({}).blocked_hub_ms) == (1000, None)
     config = Config.from_env({"PUFF_SLOW_CHECKOUT_MS": "0", "PUFF_BLOCKED_HUB_MS": "12.5"})
     assert (config.slow_checkout_ms, config.blocked_hub_ms) == (0, 12.5)
+
+
+def test_blocking_threads_and_http_clients() -> None:
+    assert Config.from_env({}).blocking_threads == 32
+    assert Config.from_env({"PUFF_BLOCKING_THREADS": "4"}).blocking_threads == 4
+    for wrong in ("0", "-1", "many", "1.5"):
+        with pytest.raises(ConfigError, match="PUFF_BLOCKING_THREADS takes a whole number"):
+            Config.from_env({"PUFF_BLOCKING_THREADS": wrong})
+    config = Config(http_clients={"internal": HttpClientOptions(http2_prior_knowledge=True)})
+    assert config.http_client("Internal").http2_prior_knowledge
+    assert config.http_client() == HttpClientOptions() == config.http_client("unknown")
+    for options in ({"timeout": 0}, {"connect_timeout": -1}, {"max_connections": 0}, {"max_keepalive": -1}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            HttpClientOptions(**options)
     for wrong in ("-1", "nan", "inf", "soon"):
         with pytest.raises(ConfigError, match=f"PUFF_BLOCKED_HUB_MS takes a number of milliseconds.*{wrong}"):
             Config.from_env({"PUFF_BLOCKED_HUB_MS": wrong})

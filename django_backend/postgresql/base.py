@@ -37,7 +37,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         named = any(settings_dict.get(key) for key in SERVER_SETTINGS.values())
         # Django's connection without a database, to create one, has the server of the one it was made from.
         if not named and not settings_dict["OPTIONS"].get("service") and alias != NO_DB_ALIAS:
-            _use_configured_server(settings_dict, alias)
+            use_configured_server(settings_dict, alias)
         super().__init__(settings_dict, alias)
 
     @property
@@ -104,7 +104,7 @@ def pool_options(alias: str, pool: object) -> PoolOptions | None:
     raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
 
 
-def _use_configured_server(settings_dict: dict[str, Any], alias: str) -> None:
+def use_configured_server(settings_dict: dict[str, Any], alias: str) -> None:
     """Fill NAME, HOST, ... in place, as if they had been written in settings; test databases need NAME."""
     from psycopg2.extensions import parse_dsn
 

@@ -14,6 +14,7 @@ from puff_patch.patches import (
     django_redis,
     psycopg,
     psycopg2,
+    puff_alias,
     redis,
     requests,
     sockets,
@@ -27,12 +28,15 @@ PATCHES: dict[str, Patch] = {
     for module in (
         *(sockets, asyncio, asgiref, anyio),
         *(psycopg2, psycopg, redis, requests),
-        *(django, django_redis, sqlalchemy),
+        *(django, django_redis, sqlalchemy, puff_alias),
     )
 }
 
 # Packages that the patches themselves stand on: they may hold originals.
-_FOUNDATIONS = frozenset({"gevent", "greenlet", "zope", "wrapt", "puff_patch", "psycogreen"})
+_FOUNDATIONS = frozenset({"gevent", "greenlet", "zope", "wrapt", "puff_patch", "psycogreen"}) | {
+    # And what runs tests, which is there before whatever they patch, and waits for nobody while they run.
+    *("_pytest", "execnet", "xdist")
+}
 
 
 def patch_all(
@@ -48,6 +52,7 @@ def patch_all(
     django: bool = True,
     django_redis: bool = True,
     sqlalchemy: bool = True,
+    puff_alias: bool = True,
 ) -> None:
     """Make this process cooperative and pooled.  Call it once, in the first lines of the program.
 
@@ -67,6 +72,7 @@ def patch_all(
         django: Django's own PostgreSQL and Redis backends share what they otherwise build per greenlet.
         django_redis: caches of django-redis wait for a connection when their pool is full.
         sqlalchemy: SQLAlchemy's own pool is the only one of its engines.
+        puff_alias: ``import puff`` finds this project, unless a puff is installed.
 
     Raises:
         puff_patch.patches.base.UnsupportedVersion: an installed library is too old.
@@ -89,6 +95,7 @@ def patch_all(
         "django": django,
         "django_redis": django_redis,
         "sqlalchemy": sqlalchemy,
+        "puff_alias": puff_alias,
     }
     fresh = []
     for name, patch in PATCHES.items():
@@ -118,6 +125,9 @@ def unpatch_all() -> None:
     watch = sys.modules.get("puff_patch.runtime.watch")
     if watch is not None:
         watch.unwatch_hub()
+    clients = sys.modules.get("puff_patch.pools.httpx")
+    if clients is not None:
+        clients.close_clients()
     for patch in reversed(list(PATCHES.values())):
         patch.unpatch()
 

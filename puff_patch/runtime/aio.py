@@ -17,6 +17,7 @@ import functools
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor, Future
@@ -83,6 +84,9 @@ class AsyncioThread:
         self.ident = _native_ident()
         # Signals are for the main thread: one that the kernel delivered here would not wake the hub.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        # As threading does for its own threads: coverage and debuggers see what runs here.
+        sys.settrace(threading.gettrace())
+        sys.setprofile(threading.getprofile())
         try:
             asyncio.set_event_loop(self.loop)
             self.loop.run_forever()
@@ -297,7 +301,11 @@ def _forget() -> None:
 
 
 def run_coroutine(
-    coroutine: Coroutine[Any, Any, T], *, context: contextvars.Context | None = None, timeout: float | None = None
+    coroutine: Coroutine[Any, Any, T],
+    *,
+    context: contextvars.Context | None = None,
+    timeout: float | None = None,
+    executor: CurrentGreenletExecutor | None = None,
 ) -> T:
     """Run a coroutine on the asyncio thread while the calling greenlet waits and others run.
 
@@ -309,6 +317,7 @@ def run_coroutine(
         context: the context to run it in; by default the caller's, which then takes over the changes that the
             coroutine made, as if it had been awaited.
         timeout: seconds after which the coroutine is cancelled; None means no limit.
+        executor: what the calling greenlet waits in; what is submitted to it meanwhile runs on this greenlet.
 
     Returns:
         What the coroutine returns.
@@ -337,7 +346,7 @@ def run_coroutine(
             future.set_result(result)
 
     (contextvars.copy_context() if context is None else context).copy().run(call.start, run())
-    waiting = CurrentGreenletExecutor()
+    waiting = executor or CurrentGreenletExecutor()
     waiting.on_interrupt = call.cancel
     expired = gevent.Timeout(timeout)
     try:

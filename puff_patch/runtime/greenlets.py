@@ -78,6 +78,10 @@ class WarmPool:
         """How many jobs wait for a greenlet."""
         return len(self._waiting)
 
+    def idle(self) -> list[Greenlet[..., None]]:
+        """The greenlets that have no job now."""
+        return list(self._idle)
+
     def submit(self, fn: Callable[..., object], *args: Any) -> None:
         """Run ``fn(*args)`` on a warm greenlet; from the hub at once, from any other greenlet soon.
 

@@ -3,7 +3,7 @@
 from puff_patch.server.apps import Applications
 from puff_patch.server.front import ClientDisconnected
 from puff_patch.server.options import ServerError, ServerOptions
-from puff_patch.server.serve import serve
+from puff_patch.server.serve import serve, serving
 from puff_patch.server.supervisor import is_worker, run
 from puff_patch.server.websocket import WebSocket, WebSocketClosed, WebSocketTimeout
 
@@ -18,4 +18,5 @@ __all__ = [
     "is_worker",
     "run",
     "serve",
+    "serving",
 ]

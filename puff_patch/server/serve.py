@@ -89,6 +89,43 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
             supervisor.close()
 
 
+@contextlib.contextmanager
+def serving(app: WSGIApplication | Applications, options: ServerOptions | None = None) -> Iterator[str]:
+    """Serve an application beside the block, in the same process: for tests.
+
+    Requests run on greenlets of the calling thread's hub, so they are answered while the block waits,
+    cooperatively.  At its end the server stops as `serve` does; signals are not its business.
+
+    Args:
+        app: see `serve`.
+        options: see `serve`.
+
+    Yields:
+        Where it listens, such as ``http://127.0.0.1:41231``.
+
+    Raises:
+        ServerError: see `serve`.
+    """
+    options = options or ServerOptions(port=0, graceful_timeout=5.0)
+    tls = check_tls(options)
+    listener = Listener(options)
+    try:
+        apps = app if isinstance(app, Applications) else Applications(wsgi=app)
+        server = _Server(apps, options, listener, tls, None)
+        running = gevent.spawn(server.run, alone=False)
+        # The listener holds the connections of clients that come before the front has started.
+        gevent.sleep(0)
+        if running.ready():
+            running.get()
+        try:
+            yield listener.url
+        finally:
+            server.stop()
+            running.get()
+    finally:
+        listener.close()
+
+
 class _Server:
     def __init__(
         self,
@@ -141,25 +178,26 @@ class _Server:
         self._told = Event()
         self._forced = Event()
 
-    def run(self) -> int:
+    def run(self, *, alone: bool = True) -> int:
+        """Serve until `stop`, or a signal if the server is ``alone`` in its process."""
         if self._options.access_log:
             access_log.enable(self._options.access_log_format)
         with ExitStack() as running:
             running.enter_context(Mailbox.current().hold())
-            running.enter_context(_watched())
-            if self._supervisor is None:
-                running.enter_context(_on_signals(self._on_signal, signal.SIGTERM, signal.SIGINT))
-                self._front.start()
-                self._life.started = True
-                print(f"puff_patch is listening on {self._listener.url}", flush=True)
-                notify("READY=1")
-            else:
+            if self._supervisor is not None:
+                running.enter_context(_watched())
                 running.enter_context(_on_signals(self._ask_to_be_replaced, signal.SIGTERM))
                 running.enter_context(self._supervisor.listening(self._on_message))
                 self._supervisor.say(READY)
                 self._go.wait()
-                self._front.start()
-                self._life.started = True
+            elif alone:
+                running.enter_context(_watched())
+                running.enter_context(_on_signals(self.stop, signal.SIGTERM, signal.SIGINT))
+            self._front.start()
+            self._life.started = True
+            if alone and self._supervisor is None:
+                print(f"puff_patch is listening on {self._listener.url}", flush=True)
+                notify("READY=1")
             self._told.wait()
             try:
                 code = self._stop()
@@ -230,7 +268,8 @@ class _Server:
             if http2:
                 handler.http2_running -= 1
 
-    def _on_signal(self) -> None:
+    def stop(self) -> None:
+        """Begin to stop; called again, cut what still runs."""
         self._on_message(CUT if self._told.is_set() else STOP)
 
     def _ask_to_be_replaced(self) -> None:

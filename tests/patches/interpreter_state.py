@@ -57,6 +57,7 @@ LIBRARIES = {
     "requests": ["requests", "requests.sessions", "requests.adapters", "requests.api"],
     "django": ["django.core.cache.backends.redis", "django.db.backends.postgresql.base"],
     "django_redis": ["django_redis.pool"],
+    "puff_alias": [],
     "sqlalchemy": ["sqlalchemy.pool", "sqlalchemy.pool.impl", "sqlalchemy.dialects.postgresql.base"],
 }
 # What changes with time, or is made anew at each look.

@@ -136,6 +136,14 @@ def django_redis():
         client.connection_pool.disconnect()
         factory._pools.clear()
 
+def puff_alias():
+    try:
+        import puff
+    except ModuleNotFoundError:
+        return False
+    import puff.json
+    return puff.json is puff_patch.json
+
 def sqlalchemy():
     import types
     from puff_patch.patches.base import pooled_elsewhere

@@ -194,3 +194,23 @@ assert busy.get(timeout=10) == "undisturbed"
 assert aio.run_coroutine(pid()) == (os.getpid(), os.getpid())
 """
     )
+
+
+def test_what_traces_threads_traces_the_asyncio_thread():
+    """Coverage and debuggers say so by `threading.settrace`."""
+    run_python(
+        """
+        import puff_patch
+        puff_patch.patch_all()
+        import threading
+        from puff_patch.runtime.aio import run_coroutine
+        seen = set()
+        def trace(frame, event, arg):
+            seen.add(frame.f_code.co_name)
+        async def traced():
+            pass
+        threading.settrace(trace)
+        run_coroutine(traced())
+        assert "traced" in seen
+        """
+    )
