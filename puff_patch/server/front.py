@@ -155,6 +155,7 @@ class Front:
     Attributes:
         active: the clients' host and port of what is not over, requests and whatever else has a connection in use,
             each under a key of its own; connections of others are closed when they are idle.
+        websockets: the same of WebSockets, which are no requests.
 
     Raises:
         ServerError: Granian is missing or of an untested version.
@@ -204,13 +205,14 @@ class Front:
         self._idle_timeout = idle_timeout
         self._max_body_size = max_body_size
         self._filters = filters
+        self._on_websocket = on_websocket
+        self._websocket_max_size = websocket_max_size
         self._listener = listener
         self._listening = listener.dup_fd()
         self._has_tls = tls is not None
         self._keepers: list[gevent.Greenlet[..., None]] = []
         self.active: dict[int, tuple[str, str]] = {}
-        self._on_websocket = on_websocket
-        self._websocket_max_size = websocket_max_size
+        self.websockets: dict[int, tuple[str, str]] = {}
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
 
@@ -292,13 +294,12 @@ class Front:
 
     def _accept(self, watcher: Any) -> None:
         if self._on_websocket is not None and watcher.scope["type"] == "websocket":
-            key = id(watcher)
-            self.active[key] = watcher.scope["client"]
-            self._on_websocket(
-                WebSocketExchange(
-                    watcher, self._client_timeout, self._websocket_max_size, lambda: self.active.pop(key, None)
-                )
-            )
+            websocket = WebSocketExchange(watcher, self._client_timeout, self._websocket_max_size, self.websockets)
+            try:
+                self._on_websocket(websocket)
+            except BaseException:
+                websocket.cut("the server failed")
+                raise
             return
         exchange = Exchange(watcher, self._client_timeout, self._filters, self.active, self._max_body_size)
         try:
@@ -318,7 +319,8 @@ class Front:
 
         def in_use() -> set[tuple[str, int]]:
             # In one step, for they come and go in other threads, too.
-            return {peer_of(client) for client in list(self.active.values())}
+            clients = [*list(self.active.values()), *list(self.websockets.values())]
+            return {peer_of(client) for client in clients}
 
         cutter = IdleCutter(port, seconds, in_use)
         while not self._stopped.wait(seconds * _IDLE_SLACK):
@@ -648,9 +650,10 @@ class WebSocketExchange:
         "_behind_size",
         "_checked",
         "_closing",
-        "_forget",
+        "_farewells",
         "_hooked",
         "_max_size",
+        "_opened",
         "_peer",
         "_pending",
         "_proto",
@@ -666,9 +669,12 @@ class WebSocketExchange:
         "status",
     )
 
-    def __init__(self, watcher: Any, timeout: float, max_size: int, forget: Callable[[], object]) -> None:
+    def __init__(self, watcher: Any, timeout: float, max_size: int, opened: dict[int, tuple[str, str]]) -> None:
         self._watcher = watcher
-        self._forget = forget
+        # The scope is everybody's to change.
+        self._peer: tuple[str, str] = watcher.scope["client"]
+        self._opened = opened
+        opened[id(self)] = self._peer
         self._proto = watcher.proto
         self._timeout = timeout
         self._max_size = max_size
@@ -684,6 +690,7 @@ class WebSocketExchange:
         # Who waits for it.
         self._receiver: Waiter[None] | None = None
         self._senders: list[Waiter[None]] | None = None
+        self._farewells: list[Callable[[], object]] | None = None
         self._hooked = False
         self._unwaited = 0
         self._checked = 0.0
@@ -691,8 +698,6 @@ class WebSocketExchange:
         self.code: int | None = None
         self.reason = ""
         self.scope: dict[str, Any] = watcher.scope
-        # The scope is everybody's to change.
-        self._peer: tuple[str, str] = self.scope["client"]
 
     def accept(self, subprotocol: str | None = None) -> None:
         """Answer the handshake: messages may now go either way.
@@ -825,6 +830,12 @@ class WebSocketExchange:
         finally:
             self._drop()
 
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called on a greenlet once it is closed, by either side."""
+        self._farewells = [*(self._farewells or ()), callback]
+        if self.code is not None:
+            get_hub().loop.run_callback(self._wake)
+
     def cut(self, reason: str) -> None:
         """Close the connection at once, with nothing said to the client."""
         if self.code is None:
@@ -939,6 +950,9 @@ class WebSocketExchange:
             self._receiver.switch(None)
         if self.code is not None:
             self._wake_senders()
+            farewells, self._farewells = self._farewells, None
+            for callback in farewells or ():
+                gevent.spawn(callback)
 
     def _wake_senders(self) -> None:
         senders, self._senders = self._senders, None
@@ -962,6 +976,7 @@ class WebSocketExchange:
         watcher, self._watcher = self._watcher, None
         if watcher is None:
             return
+        self._opened.pop(id(self), None)
         self._forget_behind()
         # Done first: what is still under way keeps the transport from it, for it would wait for the client.  Then
         # the transport falls with the last reference.
@@ -970,7 +985,6 @@ class WebSocketExchange:
             if pending is not None:
                 pending.cancel()
         self._pending = self._sent = self._closing = self._proto = None
-        self._forget()
 
 
 def _wait_at_most(waiter: Waiter[Any], seconds: float | None, what: str) -> None:

@@ -54,8 +54,8 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
     """Serve an application until SIGTERM or SIGINT, in the calling process and its main thread.
 
     Requests run on warm greenlets of the calling thread's hub. At the signal new clients are turned away,
-    requests that have been accepted are answered, up to ``graceful_timeout``, then ``options.on_stop`` runs.
-    A second signal cuts what still runs.
+    WebSockets are closed, requests that have been accepted are answered, up to ``graceful_timeout``, then
+    ``options.on_stop`` runs. A second signal cuts what still runs.
 
     One line with the address goes to stdout once connections are accepted. What blocks the hub meanwhile is
     logged, see ``puff_patch.watch_hub``.
@@ -138,9 +138,12 @@ class _Server:
         if apps.asgi is not None:
             raise ServerError("no ASGI application can be served for now")
         self._life = Life()
+        connections, websockets = _affordable(
+            options.max_connections, options.max_websockets if apps.websockets else 0
+        )
         try:
             self._filters = build_filters(options, self._life)
-            self._websockets = WebSockets(apps.websockets, options, self._filters)
+            self._websockets = WebSockets(apps.websockets, options, self._filters, limit=max(1, websockets))
         except (ValueError, ImportError) as exc:
             raise ServerError(str(exc)) from exc
         self._options = options
@@ -154,7 +157,7 @@ class _Server:
             listener,
             self._on_request,
             http=options.http,
-            max_connections=_affordable(options.max_connections),
+            max_connections=connections,
             client_timeout=options.client_timeout,
             idle_timeout=options.idle_timeout,
             max_head_size=options.max_head_size,
@@ -382,17 +385,23 @@ def _on_signals(callback: Callable[[], None], *signals: signal.Signals) -> Itera
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
-def _affordable(connections: int) -> int:
-    """Raise this process's limit of open files to have room for the connections; return how many fit."""
+def _affordable(connections: int, websockets: int) -> tuple[int, int]:
+    """Raise this process's limit of open files to have room for both; return how many of each fit.
+
+    The front does not count WebSockets among its connections.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _SPARE_FILES
+    wanted = connections + websockets + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if raised > soft:
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return connections
-    fitting = max(1, soft - min(_SPARE_FILES, soft // 2))
-    logger.info("At most %d connections are served at a time: the limit of open files is %d", fitting, soft)
-    return fitting
+        return connections, websockets
+    fitting = max(2, soft - min(_SPARE_FILES, soft // 2))
+    websockets = min(websockets, fitting // 2)
+    connections = min(connections, fitting - websockets)
+    served = f"{connections} connections" + (f" and {websockets} WebSockets" if websockets else "")
+    logger.info("At most %s are served at a time: the limit of open files is %d", served, soft)
+    return connections, websockets

@@ -282,6 +282,13 @@ class WebSocket:
         elif not self.closed:
             self.refuse()
 
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called, on a greenlet of its own, once this is closed by either side.
+
+        It is for a handler that waits for something else than its client: to end that wait.
+        """
+        self._exchange.on_close(callback)
+
     def on_wait(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called whenever a receive is going to wait: to give back what waits for nothing.
 
@@ -321,6 +328,7 @@ class WebSockets:
         handlers: by path; ``{name}`` in a path stands for any one segment of it, see ``WebSocket.path_params``.
         options: those of the server.
         filters: those of the server; each sees a handshake as a request of GET.
+        limit: how many may be open at a time, if that is less than ``max_websockets``.
 
     Raises:
         ValueError: two parameters of a path have one name, or a brace stands where there is no parameter.
@@ -331,13 +339,15 @@ class WebSockets:
         handlers: Mapping[str, WebSocketHandler],
         options: ServerOptions,
         filters: Filters | None = None,
+        *,
+        limit: int | None = None,
     ) -> None:
         patterns = [path for path in handlers if "{" in path or "}" in path]
         self._patterns = [(_pattern(path), handlers[path]) for path in patterns]
         self._handlers = {path: handler for path, handler in handlers.items() if path not in patterns}
         self._options = options
         self._filters = filters
-        self._pool = WarmPool(options.max_websockets, name="websocket")
+        self._pool = WarmPool(limit or options.max_websockets, name="websocket")
         self._open: set[WebSocket] = set()
         self._closing = False
 
@@ -362,9 +372,12 @@ class WebSockets:
         """Take a handshake: run its handler, or refuse it.  Call it in the hub."""
         if self._is_answered(exchange):
             return
-        if self._closing or len(self._open) >= self._pool.max_greenlets:
+        scope = exchange.scope
+        if sum(name == b"host" for name, _ in scope["headers"]) != 1 or not _header(scope, b"host"):
+            gevent.spawn(self._answer, exchange, _refuse, exchange, 400)
+        elif self._closing or len(self._open) >= self._pool.max_greenlets:
             gevent.spawn(self._answer, exchange, _refuse, exchange, 503)
-        elif not self._is_welcome(exchange.scope):
+        elif not self._is_welcome(scope):
             gevent.spawn(self._answer, exchange, self._refuse_origin, exchange)
         else:
             websocket = WebSocket(exchange, path_params)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import trustme
 from raw_websocket import BINARY, CLOSE, PING, PONG, TEXT, RawWebSocket, closing, frame
 from server_process import ServerProcess, StartServer
 from support.waiting import eventually
@@ -38,7 +40,9 @@ def command(**options: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """For tests that leave the server as it was."""
-    process = ServerProcess(command(max_greenlets=4), tmp_path_factory.mktemp("websocket") / "stderr")
+    process = ServerProcess(
+        command(max_greenlets=4, max_queued=0), tmp_path_factory.mktemp("websocket") / "stderr"
+    )
     yield process
     assert process.stop() == 0, process.output()
 
@@ -226,9 +230,19 @@ def test_killed_handler_closes_its_websocket(server: ServerProcess) -> None:
         assert end_of(ws) == (1011, "")
 
 
+def test_handler_that_waits_elsewhere_hears_of_the_end(server: ServerProcess) -> None:
+    with connect(url(server, "/look_away")):
+        pass
+    with RawWebSocket(server, "/look_away") as ws:
+        ws.send(frame(3))
+        assert ws.closed_with() == 1002
+    eventually(lambda: ended(server, "look_away") == [[1000, ""], [1005, ""]])
+    assert "/look_away failed" not in server.output()
+
+
 def test_websockets_do_not_count_as_requests(server: ServerProcess) -> None:
     async def run() -> None:
-        sockets = [await connect_async(url(server, "/echo")) for _ in range(20)]  # of 4 greenlets for requests
+        sockets = [await connect_async(url(server, "/echo")) for _ in range(20)]  # and 4 requests at the most
         answer = await asyncio.to_thread(server.json, "/seen")
         assert answer["path"] == "/seen"
         for ws in sockets:
@@ -317,6 +331,9 @@ def test_handshakes_that_are_none(server: ServerProcess) -> None:
     for without, status in (("Sec-WebSocket-Key", 400), ("Sec-WebSocket-Version", 400), ("Upgrade", 200)):
         with RawWebSocket(server, "/echo", without=without) as ws:  # without Upgrade it is the WSGI application's
             assert (ws.status, without) == (status, without)
+    for hosts in (["Host: a.example", "Host: b.example"], ["Host:"], []):
+        with RawWebSocket(server, "/echo", *hosts, without="Host") as ws:
+            assert (ws.status, hosts) == (400, hosts)
     with RawWebSocket(server, "/echo", "Sec-WebSocket-Version: 12", without="Sec-WebSocket-Version") as ws:
         assert ws.status == 400
     with RawWebSocket(server, "/echo") as ws:
@@ -483,11 +500,16 @@ def test_plain_requests(start_server: StartServer) -> None:
         assert ws.recv(timeout=10) == "x"
 
 
-def test_stop_tells_clients_and_waits_for_handlers(start_server: StartServer) -> None:
-    server = start_server(command())
-    with connect(url(server, "/clean_up")) as first, connect(url(server, "/echo")) as second:
-        second.send("x")
-        second.recv(timeout=10)
+def test_stop_tells_clients_and_waits_for_handlers(start_server: StartServer, tmp_path: Path) -> None:
+    # And TLS makes no difference.
+    authority, trust = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(trust)
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "cert.pem"))
+    server = start_server(command(ssl_certfile=str(tmp_path / "cert.pem")))
+    base = server.url.replace("https", "wss")
+    with connect(f"{base}/clean_up", ssl=trust) as first, connect(f"{base}/echo", ssl=trust) as second:
+        second.send("x" * 300_000)
+        assert second.recv(timeout=10) == "x" * 300_000
         server.signal()
         assert end_of(first) == (1001, "the server stops")
         assert end_of(second) == (1001, "the server stops")
@@ -503,6 +525,22 @@ def test_stop_kills_handlers_that_do_not_end(start_server: StartServer) -> None:
         assert end_of(ws)[0] == 1001
         assert server.wait() == 1
     assert "Cut 1 running requests" in server.output()
+
+
+def test_idle_websockets_stay_and_share_files_with_connections(start_server: StartServer) -> None:
+    server = start_server(
+        ["sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *command(idle_timeout=0.4, max_websockets=1000)]
+    )
+    server.wait_for_output("At most 20 connections and 20 WebSockets are served at a time: the limit")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(RawWebSocket(server, "/echo")) for _ in range(20)]
+        assert server.json("/seen")["path"] == "/seen"
+        with RawWebSocket(server, "/echo") as more:
+            assert more.status == 503
+        time.sleep(1)  # an idle connection is closed by then
+        for ws in sockets:
+            ws.send(frame(TEXT, b"x"))
+            assert ws.receive() == (TEXT, b"x")
 
 
 def test_without_handlers_a_handshake_is_a_request(start_server: StartServer) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent
+from gevent.event import Event
 
 from puff_patch.server import Applications, ServerOptions, WebSocket, WebSocketClosed, WebSocketTimeout, serve
 
@@ -192,6 +193,17 @@ def wait(ws: WebSocket) -> None:
 def stay(ws: WebSocket) -> None:
     ws.send("here")
     gevent.sleep(60)
+
+
+@handle
+def look_away(ws: WebSocket) -> None:
+    left = Event()
+    ws.on_close(left.set)
+    ws.accept()
+    assert left.wait(10)
+    again = Event()
+    ws.on_close(again.set)
+    assert again.wait(10)
 
 
 @handle
