@@ -102,7 +102,7 @@ def serving(app: WSGIApplication | Applications, options: ServerOptions | None =
         try:
             yield listener.url
         finally:
-            server.stop()
+            server._on_signal()
             running.get()
     finally:
         listener.close()
@@ -131,17 +131,16 @@ class _Server:
         self._forced = Event()
 
     def run(self, *, alone: bool = True) -> int:
-        """Serve until `stop`, or a signal if the server is ``alone`` in its process."""
+        """Serve until told to stop: by a signal, if the server is ``alone`` in its process."""
         if self._options.access_log:
             access_log.enable()
         with contextlib.ExitStack() as within:
             within.enter_context(Mailbox.current().hold())
             if alone:
-                within.enter_context(_on_signals(self.stop))
+                within.enter_context(_on_signals(self._on_signal))
                 within.enter_context(_watched())
             self._front.start()
-            if alone:
-                print(f"puff_patch is listening on {self._listener.url}", flush=True)
+            print(f"puff_patch is listening on {self._listener.url}", flush=True)
             self._signalled.wait()
             try:
                 code = self._stop()
@@ -173,8 +172,7 @@ class _Server:
         finally:
             exchange.release()
 
-    def stop(self) -> None:
-        """Begin to stop; called again, cut what still runs."""
+    def _on_signal(self) -> None:
         self._signals += 1
         if self._signals == 1:
             self._signalled.set()
