@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from support.process import run
 
-import puff_patch
-
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "native"
 
 
@@ -26,7 +24,6 @@ def has_headers() -> bool:
 
 @pytest.mark.skipif(compiler() is None, reason="there is no C compiler (on Debian: apt install gcc)")
 @pytest.mark.skipif(not has_headers(), reason="there is no Python.h (on Debian: apt install python3-dev)")
-@pytest.mark.skipif(not hasattr(puff_patch, "blocking"), reason="puff_patch.blocking is not merged yet")
 def test_a_function_in_c_runs_beside_the_hub_and_beside_itself(tmp_path: Path) -> None:
     # As setuptools would, without pip's isolated environment: that one needs a package registry.
     library = tmp_path / f"similarity{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -179,7 +179,7 @@ class _Server:
         self._forced = Event()
 
     def run(self, *, alone: bool = True) -> int:
-        """Serve until `stop`, or a signal if the server is ``alone`` in its process."""
+        """Serve until told to stop: by a signal, if the server is ``alone`` in its process."""
         if self._options.access_log:
             access_log.enable(self._options.access_log_format)
         with ExitStack() as running:
