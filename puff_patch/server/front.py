@@ -5,18 +5,26 @@ behind it; here a hub stands there instead: the request goes through the hub's m
 wants an event loop for are only ``call_soon`` and ``call_soon_threadsafe``. The ASGI seam is used, and not
 RSGI or WSGI, because only it streams with backpressure in both directions.
 
+A request for an ASGI application goes from Granian's thread straight to the loop of the asyncio thread, and so do
+the futures awaited there: see `AsyncioSide` and `_Loop`.
+
 All of this is internal to Granian, so the version is checked and ``tests/server/test_front.py`` holds the
 contract. Message formats: https://asgi.readthedocs.io/en/latest/specs/www.html
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
+import functools
 import importlib
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -46,6 +54,12 @@ _DISCARD_BYTES = 32 * 1024 * 1024
 _DISCARD_SECONDS = 5.0
 
 
+# Seconds after which one begins to listen for the client leaving: most requests are over by then, and a question
+# to the front costs more than a timer.
+_LISTEN_AFTER = 0.05
+_FILE_PIECE = 256 * 1024
+
+
 class ClientDisconnected(ConnectionError):
     """The client closed the connection before the request or its response was complete."""
 
@@ -72,6 +86,24 @@ def check_version() -> str:
     return version
 
 
+@dataclass(frozen=True)
+class AsyncioSide:
+    """Where the requests of an ASGI application go.
+
+    Args:
+        loop: the event loop they run on.
+        takes: called with a scope in a thread of Granian's: whether this side takes it. It must be quick, and use
+            no lock, for those are patched.
+        on_request: called in the loop with each request that is taken; it must not block.
+        on_websocket: the same for WebSockets.
+    """
+
+    loop: Any
+    takes: Callable[[dict[str, Any]], bool]
+    on_request: Callable[[AsyncExchange], object]
+    on_websocket: Callable[[AsyncWebSocket], object]
+
+
 class Front:
     """Granian serving HTTP on a listener, in threads of its own, for the hub of the calling thread.
 
@@ -82,6 +114,7 @@ class Front:
         max_connections: connections open at a time; further ones are not accepted until one closes.
         client_timeout: seconds that a client may leave a request waiting for it.
         filters: what every response goes through.
+        asgi: the side of the ASGI application, if there is one.
 
     Raises:
         ServerError: Granian is missing or of an untested version.
@@ -96,6 +129,7 @@ class Front:
         max_connections: int = 16384,
         client_timeout: float = 60.0,
         filters: Filters | None = None,
+        asgi: AsyncioSide | None = None,
     ) -> None:
         version = check_version()
         try:
@@ -113,6 +147,7 @@ class Front:
         self._on_request = on_request
         self._client_timeout = client_timeout
         self._filters = filters
+        self._asgi = asgi
         self._stopped = Event()
         self._signal.add_cb(lambda: mailbox.post(self._stopped.set))
 
@@ -125,7 +160,7 @@ class Front:
 
         # The arguments after the loop serve asyncio tasks, which there are none of.
         self._scheduler = scheduler_type(self._loop, None, None, None, None)
-        self._scheduler._schedule_fn = schedule
+        self._scheduler._schedule_fn = schedule if asgi is None else self._schedule_on_either(asgi, schedule)
         self._worker = worker_type(
             1,  # worker_id
             (None, holder_type(listener.dup_fd(), listener.path is not None, listener.backlog)),
@@ -138,7 +173,7 @@ class Front:
             http,
             None if http == "2" else settings.HTTP1Settings(),
             None if http == "1" else settings.HTTP2Settings(),
-            False,  # websockets
+            asgi is not None,  # websockets
             None,  # static files
             *(False, None, None, None, "1.3", None, [], False),  # TLS
             (None, None),  # metrics
@@ -173,24 +208,64 @@ class Front:
         """
         return reset_all(self._end)
 
+    def _schedule_on_either(self, asgi: AsyncioSide, to_hub: Callable[[Any], None]) -> Callable[[Any], None]:
+        """What Granian calls where there is an ASGI application, maybe beside a WSGI one."""
+        takes, call_soon, accept = asgi.takes, asgi.loop.call_soon_threadsafe, self._accept_on_loop
+        # Each task copies it: the context of whoever made the server, and not of Granian's thread.
+        context = contextvars.copy_context()
+
+        def schedule(watcher: Any) -> None:
+            try:
+                if takes(watcher.scope):
+                    call_soon(accept, watcher, context=context)
+                else:
+                    to_hub(watcher)
+            except RuntimeError:
+                # The loop is closed, at the very end of a server.
+                watcher.done()
+
+        return schedule
+
+    def _accept_on_loop(self, watcher: Any) -> None:
+        asgi = self._asgi
+        assert asgi is not None
+        if watcher.scope["type"] == "websocket":
+            asgi.on_websocket(AsyncWebSocket(watcher, asgi.loop, self._client_timeout))
+        else:
+            asgi.on_request(AsyncExchange(watcher, asgi.loop, self._client_timeout, self._filters))
+
     def _accept(self, watcher: Any) -> None:
+        if watcher.scope["type"] == "websocket":
+            watcher.done()  # nobody's: refused with a 403
+            return
         self._on_request(Exchange(watcher, self._client_timeout, self._filters))
 
 
 class _Loop:
-    """The two methods Granian uses of an asyncio event loop."""
+    """The two methods Granian uses of an asyncio event loop.
+
+    Granian passes on the ``context`` that came with a callback and makes nothing of it. Whoever waits elsewhere
+    than in the hub gives as the context what is to be called instead: the ``call_soon_threadsafe`` of its loop.
+    """
 
     def __init__(self, mailbox: Mailbox) -> None:
         self._mailbox = mailbox
         self._run_callback = get_hub().loop.run_callback
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> None:
-        """Called in the hub's own thread."""
-        self._run_callback(callback, *args)
+        """Called in the thread that gave the callback, if what it is for is done already."""
+        if context is None:
+            self._run_callback(callback, *args)
+        else:
+            context(callback, *args)
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> None:
         """Called in a thread of Granian's."""
-        self._mailbox.post(callback, *args)
+        if context is None:
+            self._mailbox.post(callback, *args)
+        else:
+            with contextlib.suppress(RuntimeError):  # that loop is closed, and nobody waits there
+                context(callback, *args)
 
 
 class Exchange:
@@ -337,12 +412,238 @@ class Exchange:
             raise ValueError(f"the response has a malformed header: {_malformed(headers) or exc}") from None
 
 
+class AsyncExchange(Exchange):
+    """The same for the asyncio thread: call it in the event loop.
+
+    Attributes:
+        broken: a part of the response was lost, so it cannot be completed.
+    """
+
+    __slots__ = ("_loop", "broken", "streams_at_once")
+
+    _inbound: _AsyncInbound | None
+
+    def __init__(self, watcher: Any, loop: Any, timeout: float, filters: Filters | None = None) -> None:
+        super().__init__(watcher, timeout, filters)
+        self._loop = loop
+        self.broken = False
+        self.streams_at_once = False
+
+    def for_greenlet(self) -> Exchange:
+        """The same request for a greenlet; this one must not be used any more."""
+        return Exchange(self._watcher, self._timeout, self._filters)
+
+    async def receive_message(self) -> dict[str, Any]:
+        """The next ``http.request`` or ``http.disconnect``; nothing is lost if the caller is cancelled."""
+        if self._proto is None:
+            return {"type": "http.disconnect"}
+        return await self.inbound.receive_message()
+
+    async def send_part(self, data: bytes) -> None:
+        """As `send`.
+
+        Raises:
+            ClientDisconnected: the client is gone.
+        """
+        inbound = self.inbound
+        if inbound.client_gone or self.broken:
+            raise ClientDisconnected("the client closed the connection")
+        if self._encoder is not None:
+            data = self._encoder.feed(data)
+            if not data:
+                return
+        pending = next(self._proto.send({"type": "http.response.body", "body": data, "more_body": True}), None)
+        if pending is not None:
+            self._unwaited = 0
+            self.broken = True
+            await _settled(self._loop, pending, self._timeout)
+            self.broken = False
+        else:
+            self._unwaited += 1
+            if self._unwaited >= _SENDS_PER_TURN:
+                self._unwaited = 0
+                await asyncio.sleep(0)
+        inbound.check_peer()
+        if inbound.client_gone:
+            raise ClientDisconnected("the client closed the connection")
+
+    async def send_file(self, path: str) -> None:
+        """Send a file as the whole body begun with `start`; the front reads it."""
+        if self._encoder is None and not self.streams_at_once:
+            self._proto.send({"type": "http.response.pathsend", "path": path})
+            self.inbound.unwatch()
+            return
+        with open(path, "rb") as file:
+            while part := file.read(_FILE_PIECE):
+                await self.send_part(part)
+        self.end()
+
+    def finish(self) -> None:
+        """The response is complete: whoever receives learns that there is nothing to come any more."""
+        if self._inbound is not None:
+            self._inbound.finish()
+
+    async def discard_rest(self) -> None:
+        """As `discard_request`."""
+        # HTTP/2 can stop a stream by itself, and a client that asked first (Expect) has not begun to send.
+        if self.scope["http_version"] != "2" and not any(name == b"expect" for name, _ in self.scope["headers"]):
+            await self.inbound.discard()
+
+    @property
+    def client_gone(self) -> bool:
+        """Whether the client is known to have left."""
+        return self._inbound is not None and self._inbound.client_gone
+
+    @property
+    def inbound(self) -> _AsyncInbound:
+        """The receiving side, made when first needed."""
+        inbound = self._inbound
+        if inbound is None:
+            inbound = self._inbound = _AsyncInbound(self._proto, self.scope, self._timeout, self._loop)
+        return inbound
+
+    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        super()._start(status, headers)
+        # Granian begins such a response at once, and then takes no file.
+        self.streams_at_once = any(
+            name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
+        )
+
+
+class AsyncWebSocket:
+    """One WebSocket, for the asyncio thread: call it in the event loop.
+
+    Attributes:
+        scope: the ASGI connection scope.
+        code: the code with which it was closed, None while it is open.
+    """
+
+    __slots__ = (
+        "_closing",
+        "_loop",
+        "_messages",
+        "_pending",
+        "_proto",
+        "_timeout",
+        "_waiters",
+        "_watcher",
+        "code",
+        "scope",
+    )
+
+    def __init__(self, watcher: Any, loop: Any, timeout: float) -> None:
+        self._watcher = watcher
+        self._proto = watcher.proto
+        self._loop = loop
+        self._timeout = timeout
+        self._pending: Any = None
+        self._messages: deque[dict[str, Any]] = deque()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._closing: asyncio.Future[None] | None = None
+        self.code: int | None = None
+        self.scope: dict[str, Any] = watcher.scope
+
+    async def receive(self) -> dict[str, Any]:
+        """The next message; nothing is lost if the caller is cancelled."""
+        while not self._messages:
+            if self.code is not None:
+                return {"type": "websocket.disconnect", "code": self.code, "reason": ""}
+            self._ask()
+            if not self._messages:
+                await _news(self._loop, self._waiters)
+        return self._messages.popleft()
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Send a message, and wait while the client is slower than we are.
+
+        Raises:
+            ClientDisconnected: the WebSocket is closed.
+        """
+        if self.code is not None:
+            raise ClientDisconnected("the WebSocket is closed")
+        try:
+            pending = next(self._proto.send(message).__await__(), None)
+            if pending is not None:
+                await _settled(self._loop, pending, self._timeout)
+        except RuntimeError as exc:
+            if "closed" in str(exc):
+                self.end(1006)
+                raise ClientDisconnected("the client closed the WebSocket") from None
+            raise
+
+    async def close(self, code: int, reason: str = "") -> None:
+        """Close it, or refuse it if it was not accepted."""
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
+            return
+        if self.code is not None:
+            return
+        self._closing = self._loop.create_future()
+        # A question that the client has yet to answer keeps Granian from closing.
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.cancel()
+        self.end(code)
+        message = {"type": "websocket.close", "code": code, "reason": reason}
+        try:
+            done = next(self._proto.send(message).__await__(), None)
+            if done is not None:
+                await _settled(self._loop, done, self._timeout)
+        except (ClientDisconnected, RuntimeError):
+            logger.debug("The client left the WebSocket %s before it was closed", self.scope["path"])
+        finally:
+            _settle(self._closing, None)
+
+    def end(self, code: int) -> None:
+        """Tell whoever receives that it is over."""
+        if self.code is None:
+            self.code = code
+            _wake(self._waiters)
+
+    def release(self) -> None:
+        """Let go of it: the last thing done with a WebSocket. One that was not accepted is refused with a 403."""
+        self.end(1000)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.cancel()
+        self._watcher.done()
+        self._proto = self._watcher = None
+
+    def _ask(self) -> None:
+        if self._pending is not None:
+            return
+        try:
+            pending = next(self._proto.receive().__await__())
+        except StopIteration as stop:
+            self._take(stop.value)
+            return
+        self._pending = pending
+        pending.add_done_callback(self._on_done, context=self._loop.call_soon_threadsafe)
+
+    def _on_done(self, pending: Any) -> None:
+        if pending is not self._pending:
+            return
+        self._pending = None
+        try:
+            self._take(pending.result())
+        except RuntimeError:
+            self._take({"type": "websocket.disconnect", "code": 1006})
+        _wake(self._waiters)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["type"] == "websocket.disconnect":
+            self.code = message.get("code", 1005)
+        else:
+            self._messages.append(message)
+
+
 class _Inbound:
     """What comes from one request's client: the body in parts, and the news that the client is gone."""
 
     __slots__ = (
         "_checked",
         "_client",
+        "_context",
         "_ended",
         "_parts",
         "_parts_size",
@@ -365,6 +666,7 @@ class _Inbound:
         self._watching = False
         self._ended = False
         self._checked = 0.0
+        self._context: Any = None
         self.client_gone = False
 
     def receive(self) -> bytes:
@@ -420,7 +722,7 @@ class _Inbound:
             self._take(stop.value)
             return
         self._pending = pending
-        pending.add_done_callback(self._on_done)
+        pending.add_done_callback(self._on_done, context=self._context)
 
     def _on_done(self, pending: Any) -> None:
         # In the hub.
@@ -442,6 +744,148 @@ class _Inbound:
             self._parts_size += len(message["body"])
         if not message["more_body"]:
             self._ended = True
+
+
+class _AsyncInbound(_Inbound):
+    """The same for the asyncio thread."""
+
+    __slots__ = ("_left", "_loop", "_over", "_timer", "_told_end", "_waiters")
+
+    def __init__(self, proto: Any, scope: dict[str, Any], timeout: float, loop: Any) -> None:
+        super().__init__(proto, scope["client"], timeout)
+        self._loop = loop
+        self._context = loop.call_soon_threadsafe
+        self._waiters: list[asyncio.Future[None]] = []
+        self._timer: Any = None
+        self._over = False
+        self._told_end = False
+        # HTTP/2 does not say beforehand whether there is a body.
+        self._left = -1 if scope["http_version"] == "2" else 0
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                self._left = int(value)
+            elif name == b"transfer-encoding":
+                self._left = -1
+                break
+        self._ended = self._left == 0
+
+    async def receive_message(self) -> dict[str, Any]:
+        while True:
+            if self._parts:
+                part = self._parts.pop(0)
+                self._parts_size -= len(part)
+                self._told_end = self._ended and not self._parts
+                if self._watching:
+                    self._ask()
+                return {"type": "http.request", "body": part, "more_body": not self._told_end}
+            if self._ended and not self._told_end:
+                self._told_end = True
+                return {"type": "http.request", "body": b"", "more_body": False}
+            if self.client_gone or self._over:
+                return {"type": "http.disconnect"}
+            if self._told_end:
+                self.watch()
+                await _news(self._loop, self._waiters)
+                continue
+            self._ask()
+            if self._pending is not None and not await _news(self._loop, self._waiters, self._timeout):
+                self.client_gone = True  # one who sends nothing for that long is as good as gone
+
+    async def discard(self) -> None:
+        """Read and forget what is left, within limits."""
+        left = _DISCARD_BYTES
+        until = time.monotonic() + _DISCARD_SECONDS
+        while not (self._ended or self.client_gone) and left > 0 and (seconds := until - time.monotonic()) > 0:
+            self._ask()
+            if self._pending is not None and not await _news(self._loop, self._waiters, seconds):
+                return
+            left -= self._parts_size
+            self._parts.clear()
+            self._parts_size = 0
+
+    def watch(self) -> None:
+        """As that of `_Inbound`, from a little later on."""
+        if not (self._watching or self._over):
+            self._watching = True
+            self._checked = time.monotonic()
+            self._timer = self._loop.call_later(_LISTEN_AFTER, self._ask)
+
+    def unwatch(self) -> None:
+        super().unwatch()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def release(self) -> None:
+        self._over = True
+        super().release()
+        _wake(self._waiters)
+
+    def finish(self) -> None:
+        """The response is complete: there is nothing to come any more."""
+        self._over = True
+        self.unwatch()
+        _wake(self._waiters)
+
+    def _on_done(self, pending: Any) -> None:
+        # In the loop.
+        if pending is not self._pending:
+            return
+        self._pending = None
+        self._take(pending.result())
+        _wake(self._waiters)
+        if self._watching:
+            self._ask()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        super()._take(message)
+        if self._left > 0 and message["type"] == "http.request":
+            self._left -= len(message["body"])
+            # It spares asking for the end.
+            self._ended = self._ended or self._left <= 0
+
+
+async def _news(loop: Any, waiters: list[asyncio.Future[None]], timeout: float | None = None) -> bool:
+    """Wait for `_wake`; False if the time ran out first."""
+    future = loop.create_future()
+    waiters.append(future)
+    timer = None if timeout is None else loop.call_later(timeout, _settle, future, False)
+    try:
+        woken: bool = await future
+        return woken
+    finally:
+        if timer is not None:
+            timer.cancel()
+        with contextlib.suppress(ValueError):
+            waiters.remove(future)
+
+
+def _wake(waiters: list[asyncio.Future[None]]) -> None:
+    for future in waiters:
+        _settle(future, True)
+
+
+def _settle(future: Any, result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+async def _settled(loop: Any, pending: Any, timeout: float) -> None:
+    """Wait in the event loop for a future of Granian's."""
+    future = loop.create_future()
+    pending.add_done_callback(functools.partial(_settle, future), context=loop.call_soon_threadsafe)
+    timer = loop.call_later(timeout, _settle, future, None)
+    try:
+        settled = await future
+    except BaseException:
+        pending.cancel()
+        raise
+    finally:
+        timer.cancel()
+    if settled is None:
+        pending.cancel()
+        raise ClientDisconnected(f"the client took nothing for {timeout:g} seconds")
+    pending.result()
 
 
 def _wait(pending: Any, timeout: float) -> None:
