@@ -28,6 +28,7 @@ from gevent.monkey import get_original
 
 from puff_patch.runtime.futures import CurrentGreenletExecutor, HubExecutor, HubFuture, native_lock, start_warm
 from puff_patch.runtime.hub_loop import LoopCall
+from puff_patch.runtime.locks import native_threads
 from puff_patch.runtime.mailbox import Mailbox
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class AsyncioThread:
 
     def _run(self) -> None:
         self.ident = _native_ident()
+        native_threads.add(self.ident)
         # Signals are for the main thread: one that the kernel delivered here would not wake the hub.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -91,6 +93,7 @@ class AsyncioThread:
             # The stand-in that threading keeps of a thread it did not start, for good.
             for ident in (threading.get_ident(), self.ident):
                 threading._active.pop(ident, None)  # type: ignore[attr-defined]
+            native_threads.discard(self.ident)
             self._ended.set_result(None)
 
 
@@ -293,6 +296,7 @@ def _forget() -> None:
     if _thread is not None:
         _inherited.append(_thread)
     _home = _executor = _thread = None
+    native_threads.clear()
     _lock = native_lock()
 
 
