@@ -12,6 +12,7 @@ sockets: it never touches a hub.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import os
@@ -51,6 +52,7 @@ class AsyncioThread:
     def __init__(self) -> None:
         self.loop: Any = _new_loop()
         self.ident = 0
+        self._stopping = asyncio.Event()
         self._ended = HubFuture()
         _start_new_thread(self._run, ())
 
@@ -63,22 +65,21 @@ class AsyncioThread:
         Returns:
             False if the time ran out.
         """
-
-        async def end() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await self.loop.shutdown_asyncgens()
-            self.loop.stop()
-
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(lambda: self.loop.create_task(end()))
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self._stopping.set)
         try:
             self._ended.result(timeout)
         except FutureTimeout:
             return False
         return True
+
+    async def _main(self) -> None:
+        await self._stopping.wait()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.loop.shutdown_asyncgens()
 
     def _run(self) -> None:
         self.ident = _native_ident()
@@ -87,7 +88,8 @@ class AsyncioThread:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             asyncio.set_event_loop(self.loop)
-            self.loop.run_forever()
+            # Not run_forever(): anyio looks for the task at the root of all, to which its worker threads belong.
+            self.loop.run_until_complete(self._main())
         finally:
             self.loop.close()
             # The stand-in that threading keeps of a thread it did not start, for good.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable, MutableMapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,7 @@ class _Request:
         handler, exchange = self._handler, self._exchange
         scope = exchange.scope
         began = perf_counter() if handler._access_log else 0.0
+        context = _enter_thread_sensitive_context()
         try:
             await handler.app(handler._scope(scope), self._receive, self._send)
             if self._state is not _WHOLE_SENT or self._swallow:
@@ -224,6 +226,7 @@ class _Request:
                 handler._filters.end(scope, status, self._sent)
             if handler._access_log:
                 log_request(scope, status, self._sent, began)
+            await _leave_thread_sensitive_context(context)
 
     async def _receive(self) -> dict[str, Any]:
         if self._state is _WHOLE_SENT:
@@ -404,6 +407,7 @@ class _Socket:
         """Run the application to its end."""
         handler, websocket = self._handler, self._websocket
         scope = websocket.scope
+        context = _enter_thread_sensitive_context()
         try:
             await handler.app(handler._scope(scope), self._receive, self._send)
         except asyncio.CancelledError:
@@ -421,6 +425,7 @@ class _Socket:
                 # Also if it is being closed already: letting go of it would be faster than the code of that.
                 await websocket.close(1000)
             websocket.release()
+            await _leave_thread_sensitive_context(context)
 
     async def close(self, code: int) -> None:
         """Close it from without; the application receives ``websocket.disconnect``."""
@@ -556,6 +561,27 @@ class Lifespan:
             raise RuntimeError(f"{kind!r} was sent when the lifespan's {stage} was over")
         failed = outcome == "failed"
         future.set_result((message.get("message") or "it gave no reason").strip() if failed else None)
+
+
+def _enter_thread_sensitive_context() -> Any:
+    """Have the sync code of this task run on a greenlet of its own, and not on the one of all requests.
+
+    It is what asgiref's ``ThreadSensitiveContext`` is for, and what Django does; here for every application.
+
+    Returns:
+        What `_leave_thread_sensitive_context` wants; None if the program does not use asgiref.
+    """
+    sync = sys.modules.get("asgiref.sync")
+    if sync is None:
+        return None
+    context = sync.ThreadSensitiveContext()
+    context.token = sync.SyncToAsync.thread_sensitive_context.set(context)
+    return context
+
+
+async def _leave_thread_sensitive_context(context: Any) -> None:
+    if context is not None and context in sys.modules["asgiref.sync"].SyncToAsync.context_to_thread_executor:
+        await context.__aexit__(None, None, None)
 
 
 def _is_for_want_of_client(error: BaseException | None) -> bool:

@@ -275,6 +275,19 @@ async def down(depth: int) -> int:
     return 1 + await sync_to_async(async_to_sync(down))(depth - 1)
 
 
+@fast.get("/sensitive")
+async def fast_sensitive() -> list[Any]:
+    """What asgiref calls thread-sensitive: one greenlet a request."""
+    variable.set("from the endpoint")
+    found = [await sync_to_async(where)() for _ in range(3)]
+    return [len(set(found)), await sync_to_async(async_to_sync(down))(1)]
+
+
+def where() -> int:
+    time.sleep(0.05)
+    return threading.get_ident()
+
+
 @fast.get("/fails")
 async def fast_fails() -> None:
     await sync_to_async(async_to_sync(failing))()
