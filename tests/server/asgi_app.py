@@ -399,7 +399,9 @@ class Noting(Filter):
         self.ends: deque[Any] = deque(maxlen=200)
 
     def begin(self, scope: Scope) -> Any:
-        scope.setdefault("noted", threading.get_ident() != 0)
+        scope.setdefault("noted", aio.in_thread())
+        if scope["path"] == "/fast/broken_filter":
+            raise ValueError("the filter is broken")
         if scope["path"] == "/fast/responder":
             return self.respond
         return None

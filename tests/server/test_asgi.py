@@ -36,7 +36,7 @@ def command(**options: Any) -> list[str]:
 def asgi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """All applications on one server, for tests that leave it as it was."""
     log = tmp_path_factory.mktemp("asgi") / "stderr"
-    process = ServerProcess(command(with_filter=True, client_timeout=3, access_log=True), log)
+    process = ServerProcess(command(with_filter=True, client_timeout=2, access_log=True), log)
     yield process
     assert process.stop() == 0, process.output()
     assert "the lifespan ended with 0 running" in process.output()
@@ -276,6 +276,8 @@ def test_filters_and_access_log(asgi: ServerProcess) -> None:
     assert asgi.request("/raw/pathsend?type=text/plain&upper")[1] == APP.read_bytes().upper() + b" END"
     ends = asgi.json("/fast/responder")
     assert ["/starlette/plain", 200, 1200] in ends
+    assert asgi.request("/fast/broken_filter")[0].status == 500
+    asgi.wait_for_output("GET /fast/broken_filter failed in a filter")
     assert '"GET /starlette/plain?upper HTTP/1.1" 200 1200 ' in asgi.wait_for_output("/starlette/plain?upper")
 
 
