@@ -121,7 +121,7 @@ class Project:
             )
         elif words[:2] == ["pip", "install"]:
             self.check_requirements(words[2:])
-        elif "runpuff" in words:
+        elif "runpuff" in words or words[:2] == ["python", "app.py"]:
             self.serve(words)
         else:
             self.shell(["sh", "-ec", line])
@@ -141,7 +141,7 @@ class Project:
         environment = {**self.environment, **dict(word.split("=", 1) for word in prefix)}
         if prefix:  # the page shows what happens without servers of one's own
             environment = {key: value for key, value in environment.items() if not key.endswith("_URL")}
-        words = [re.sub(r"^127\.0\.0\.1:\d+$", "127.0.0.1:0", word) for word in words[len(prefix) :]]
+        words = [re.sub(r"^(127\.0\.0\.1:)?\d+$", r"\g<1>0", word) for word in words[len(prefix) :]]
         process = subprocess.Popen(
             words,
             cwd=self.folder,

@@ -102,10 +102,10 @@ def make_cooperative(ledger: Ledger) -> None:
         ledger: keeps the originals.
     """
     import gevent
-    from gevent.thread import LockType  # type: ignore[import-not-found]
     from psycopg import Connection, _acompat, connection, errors, waiting
 
     from puff_patch.pools.psycopg_waits import wait, wait_conn
+    from puff_patch.runtime.locks import Lock
 
     # What psycopg took from the standard library when it was imported, patched or not; unpatching gives it what
     # the standard library has then.
@@ -115,7 +115,7 @@ def make_cooperative(ledger: Ledger) -> None:
             continue  # before 3.3, only the second has it
         if vars(module)["Lock"] is threading.Lock:
             ledger.record(module, "Lock", native(threading, "Lock"), alias=True)
-        ledger.replace(module, "Lock", LockType, alias=True)
+        ledger.replace(module, "Lock", Lock, alias=True)
     if vars(waiting)["DefaultSelector"] is selectors.DefaultSelector:
         ledger.record(waiting, "DefaultSelector", native(selectors, "DefaultSelector"), alias=True)
     ledger.replace(waiting, "wait", wait)

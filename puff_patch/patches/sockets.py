@@ -19,6 +19,7 @@ from typing import Any
 
 from puff_patch.patches.base import Patch
 from puff_patch.patches.processes import make_locks_cooperative, make_pipes_cooperative, make_reliable
+from puff_patch.patches.threads import make_thread_safe, our_locks
 
 # Every module that gevent.monkey, up to 26.x, writes to.
 _TOUCHED = (
@@ -83,14 +84,17 @@ class SocketsPatch(Patch):
         self.ledger.on_restore(restore_saved)
         self._remember_threads()
         try:
-            with warnings.catch_warnings(), _lazy_objects_left_alone():
+            with warnings.catch_warnings(), _lazy_objects_left_alone(), our_locks():
                 # `warn_of_captured` says it, too, and of all modules.
                 warnings.filterwarnings("ignore", "Monkey-patching ssl", gevent.monkey.MonkeyPatchWarning)
-                gevent.monkey.patch_all()
+                # The standard library's own, on our locks, are for all threads.
+                theirs = {} if saved else {"Event": False, "queue": False}
+                gevent.monkey.patch_all(**theirs)
         finally:
             for owner, attributes in before:
                 self._record_changes(owner, attributes)
         make_reliable(self.ledger)
+        make_thread_safe([owner for owner, _ in before], self.ledger)
 
     def _wait_for_native_threads(self) -> None:
         """Let greenlets wait for what only a thread started earlier can bring, as in a worker of pytest-xdist.

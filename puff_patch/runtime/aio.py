@@ -12,6 +12,7 @@ sockets: it never touches a hub.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import os
@@ -29,6 +30,7 @@ from gevent.monkey import get_original
 
 from puff_patch.runtime.futures import CurrentGreenletExecutor, HubExecutor, HubFuture, native_lock, start_warm
 from puff_patch.runtime.hub_loop import LoopCall
+from puff_patch.runtime.locks import native_threads
 from puff_patch.runtime.mailbox import Mailbox
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ class AsyncioThread:
     def __init__(self) -> None:
         self.loop: Any = _new_loop()
         self.ident = 0
+        self._stopping = asyncio.Event()
         self._ended = HubFuture()
         _start_new_thread(self._run, ())
 
@@ -63,25 +66,25 @@ class AsyncioThread:
         Returns:
             False if the time ran out.
         """
-
-        async def end() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await self.loop.shutdown_asyncgens()
-            self.loop.stop()
-
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(lambda: self.loop.create_task(end()))
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self._stopping.set)
         try:
             self._ended.result(timeout)
         except FutureTimeout:
             return False
         return True
 
+    async def _main(self) -> None:
+        await self._stopping.wait()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.loop.shutdown_asyncgens()
+
     def _run(self) -> None:
         self.ident = _native_ident()
+        native_threads.add(self.ident)
         # Signals are for the main thread: one that the kernel delivered here would not wake the hub.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         # As threading does for its own threads: coverage and debuggers see what runs here.
@@ -89,12 +92,14 @@ class AsyncioThread:
         sys.setprofile(threading.getprofile())
         try:
             asyncio.set_event_loop(self.loop)
-            self.loop.run_forever()
+            # Not run_forever(): anyio looks for the task at the root of all, to which its worker threads belong.
+            self.loop.run_until_complete(self._main())
         finally:
             self.loop.close()
             # The stand-in that threading keeps of a thread it did not start, for good.
             for ident in (threading.get_ident(), self.ident):
                 threading._active.pop(ident, None)  # type: ignore[attr-defined]
+            native_threads.discard(self.ident)
             self._ended.set_result(None)
 
 
@@ -297,6 +302,7 @@ def _forget() -> None:
     if _thread is not None:
         _inherited.append(_thread)
     _home = _executor = _thread = None
+    native_threads.clear()
     _lock = native_lock()
 
 

@@ -49,6 +49,10 @@ class ServerOptions:
             the response, before its connection is cut.
         graceful_timeout: seconds that running requests have to finish after SIGTERM or SIGINT.
         access_log: write one line a request to the logger ``puff_patch.access``.
+        lifespan: ``"auto"`` sends an ASGI application the lifespan events of its start and stop, if it takes part
+            in them; ``"off"`` sends none.
+        root_path: the path below which a proxy has mounted the ASGI application, ``/app`` for one, if the proxy
+            takes it off.
         workers: how many processes serve; 0 is one for each CPU that this process may use. More than one are
             started and kept up by this one, see `puff_patch.server.supervisor`.
         worker_start_timeout: seconds that a worker may take to load the application.
@@ -107,6 +111,8 @@ class ServerOptions:
     client_timeout: float = 60.0
     graceful_timeout: float = 30.0
     access_log: bool = False
+    lifespan: Literal["auto", "off"] = "auto"
+    root_path: str = ""
     access_log_format: Literal["text", "json"] = "text"
     request_ids: bool = False
     trusted_proxies: tuple[str, ...] = ()
@@ -141,6 +147,10 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if self.http not in ("auto", "1", "2"):
             raise ValueError(f'http must be "auto", "1" or "2", not {self.http!r}')
+        if self.lifespan not in ("auto", "off"):
+            raise ValueError(f'lifespan must be "auto" or "off", not {self.lifespan!r}')
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ValueError(f"root_path begins with '/' and does not end with it, unlike {self.root_path!r}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, not {self.port}")
         for name in (

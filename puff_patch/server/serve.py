@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import logging
 import random
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent import get_hub
 from gevent.event import Event
 
-from puff_patch.runtime import Mailbox, WarmPool
+from puff_patch.runtime import Mailbox, WarmPool, aio
 from puff_patch.runtime.watch import is_watched, unwatch_hub, watch_hub
 from puff_patch.server import access_log
 from puff_patch.server.admission import Admission, Refusal
 from puff_patch.server.apps import Applications
+from puff_patch.server.asgi import ASGIHandler
+from puff_patch.server.exchange import ClientDisconnected, Exchange
+from puff_patch.server.exchange_websocket import WebSocketExchange
 from puff_patch.server.filters import Answer, Life, Responder
 from puff_patch.server.filters.build import build_filters
-from puff_patch.server.front import ClientDisconnected, Exchange, Front, WebSocketExchange
+from puff_patch.server.front import Front
 from puff_patch.server.link import CUT, GO, LEAVE, READY, REPLACE, STOP, Link, link
 from puff_patch.server.listener import Listener
 from puff_patch.server.notify import notify
@@ -53,8 +58,9 @@ _SPARE_FILES = 256
 def serve(app: WSGIApplication | Applications, options: ServerOptions | None = None) -> int:
     """Serve an application until SIGTERM or SIGINT, in the calling process and its main thread.
 
-    Requests run on warm greenlets of the calling thread's hub. At the signal new clients are turned away,
-    WebSockets are closed, requests that have been accepted are answered, up to ``graceful_timeout``, then
+    Requests of a WSGI application run on warm greenlets of the calling thread's hub, those of an ASGI application
+    on the asyncio thread. At the signal new clients are turned away, WebSockets are closed, requests that have
+    been accepted are answered, up to ``graceful_timeout``, then the ASGI application's lifespan ends and
     ``options.on_stop`` runs. A second signal cuts what still runs.
 
     One line with the address goes to stdout once connections are accepted. What blocks the hub meanwhile is
@@ -71,8 +77,8 @@ def serve(app: WSGIApplication | Applications, options: ServerOptions | None = N
         The process's exit code: 0 if every accepted request was answered, 1 if some were cut.
 
     Raises:
-        ServerError: it cannot listen on the address, a file of TLS cannot be used, it is not the main thread, or
-            Granian is missing or of an untested version.
+        ServerError: it cannot listen on the address, a file of TLS cannot be used, it is not the main thread, the
+            ASGI application failed to start, or Granian is missing or of an untested version.
     """
     options = options or ServerOptions()
     if not get_hub().main_hub:
@@ -135,11 +141,9 @@ class _Server:
         tls: TLS | None,
         supervisor: Link | None,
     ) -> None:
-        if apps.asgi is not None:
-            raise ServerError("no ASGI application can be served for now")
         self._life = Life()
         connections, websockets = _affordable(
-            options.max_connections, options.max_websockets if apps.websockets else 0
+            options.max_connections, options.max_websockets if apps.websockets or apps.asgi else 0
         )
         try:
             self._filters = build_filters(options, self._life)
@@ -153,6 +157,21 @@ class _Server:
         self._handler = WSGIHandler(
             apps.wsgi or no_application, listener.address, multiprocess=supervisor is not None
         )
+        self._asgi: ASGIHandler | None = None
+        if apps.asgi is not None:
+            self._asgi = ASGIHandler(
+                apps,
+                aio.get_thread().loop,
+                answer=functools.partial(Mailbox.current().post, self._pool.submit, self._answer),
+                filters=self._filters,
+                check=lambda scope: self._admission.check(scope),
+                is_others=lambda scope: self._websockets.find(scope) is not None,
+                count=functools.partial(Mailbox.current().post, self._count_request)
+                if supervisor is not None and options.max_requests
+                else None,
+                max_websockets=max(1, websockets),
+                root_path=options.root_path,
+            )
         self._front = Front(
             listener,
             self._on_request,
@@ -167,6 +186,7 @@ class _Server:
             filters=self._filters,
             on_websocket=self._on_websocket if apps.websockets else None,
             websocket_max_size=options.websocket_max_size,
+            asgi=None if self._asgi is None else self._asgi.side,
         )
         self._admission = Admission(options, self._front.active)
         self._supervisor = supervisor
@@ -188,22 +208,28 @@ class _Server:
                 running.enter_context(_watched())
                 running.enter_context(_on_signals(self._ask_to_be_replaced, signal.SIGTERM))
                 running.enter_context(self._supervisor.listening(self._on_message))
-                self._supervisor.say(READY)
-                self._go.wait()
             elif alone:
                 running.enter_context(_watched())
                 running.enter_context(_on_signals(self.stop, signal.SIGTERM, signal.SIGINT))
-            self._front.start()
-            self._life.started = True
-            if alone and self._supervisor is None:
-                print(f"puff_patch is listening on {self._listener.url}", flush=True)
-                notify("READY=1")
-            self._told.wait()
+            code = 0
             try:
-                code = self._stop()
+                if self._start_asgi():
+                    if self._supervisor is not None:
+                        self._supervisor.say(READY)
+                        self._go.wait()
+                    self._front.start()
+                    self._life.started = True
+                    if alone and self._supervisor is None:
+                        print(f"puff_patch is listening on {self._listener.url}", flush=True)
+                        notify("READY=1")
+                    self._told.wait()
+                    code = self._stop()
             finally:
                 self._pool.close()
                 self._websockets.close()
+                # Tests have a use for that thread after their server.
+                if self._asgi is not None and alone:
+                    aio.stop(_LAST_SECONDS)
                 for hook in self._options.on_stop:
                     try:
                         hook()
@@ -212,10 +238,7 @@ class _Server:
         return code
 
     def _on_request(self, exchange: Exchange) -> None:
-        if self._requests_left > 0:
-            self._requests_left -= 1
-            if not self._requests_left:
-                self._ask_to_be_replaced()
+        self._count_request()
         responder = None if self._filters is None else self._filters.begin(exchange.scope)
         if isinstance(responder, Answer) and responder.urgent:
             self._answer(responder, exchange)
@@ -227,6 +250,12 @@ class _Server:
             self._pool.submit(self._answer, upgrade_required, exchange)
         else:
             self._pool.submit(self._handler, exchange)
+
+    def _count_request(self) -> None:
+        if self._requests_left > 0:
+            self._requests_left -= 1
+            if not self._requests_left:
+                self._ask_to_be_replaced()
 
     def _refuse(self, exchange: Exchange, refused: Refusal) -> None:
         """Answer a request at once that is not let in; from then on it does not count."""
@@ -288,19 +317,56 @@ class _Server:
         # Who is told to stop before it serves does both.
         self._go.set()
 
+    def _start_asgi(self) -> bool:
+        """Start the ASGI application; False if a signal came first."""
+        if self._asgi is None or self._options.lifespan == "off":
+            return True
+        starting = gevent.spawn(_outcome, self._asgi.lifespan.start())
+        _wait_for_one(starting, self._told)
+        if not starting.ready():
+            starting.kill()
+            return False
+        if starting.value is not None:
+            raise starting.value
+        return True
+
+    def _stop_asgi(self, limit: float) -> None:
+        """Stop the ASGI application."""
+        assert self._asgi is not None
+        stopping = gevent.spawn(_outcome, self._asgi.lifespan.stop())
+        # It gets a moment even if its requests took all the time there was.
+        seconds = max(limit - time.monotonic(), _LAST_SECONDS)
+        _wait_for_one(stopping, self._forced, seconds)
+        if not stopping.ready():
+            logger.warning("The ASGI application's lifespan did not end in time")
+            stopping.kill()
+        elif stopping.value is not None:
+            logger.error("The ASGI application failed to stop", exc_info=stopping.value)
+
     def _stop(self) -> int:
         if self._supervisor is None:
             notify("STOPPING=1")
-        limit = limit_of_quiet = time.monotonic() + self._options.graceful_timeout
+        limit = time.monotonic() + self._options.graceful_timeout
+        code = self._stop_requests(limit)
+        if self._asgi is not None:
+            self._stop_asgi(limit)
+        return code
+
+    def _stop_requests(self, limit: float) -> int:
+        asgi = self._asgi
+        limit_of_quiet = limit
         logger.info(
             "Stopping: %d requests are running, and %d WebSockets open",
-            self._pool.running + self._pool.waiting,
-            self._websockets.running,
+            self._pool.running + self._pool.waiting + (asgi.requests_running if asgi else 0),
+            self._websockets.running + (asgi.websockets_running if asgi else 0),
         )
         self._websockets.go_away()
         # From now on, whoever has a connection is asked to close it with the next response.
         self._handler.closing = True
         self._life.stopping = True
+        if asgi is not None:
+            asgi.closing = True
+            asyncio.run_coroutine_threadsafe(asgi.close_websockets(), aio.get_thread().loop)
         if self._replaced:
             self._front.stop_accepting()
         elif not self._listener.turn_away():
@@ -312,7 +378,9 @@ class _Server:
             if self._websockets.running:
                 self._forced.wait(_POLL)
             elif self._front.wait_stopped(_POLL):
-                return 0
+                if asgi is None or not asgi.running:
+                    return 0
+                self._forced.wait(_POLL)
         return self._cut()
 
     def _wait_quiet(self, limit: float) -> None:
@@ -320,15 +388,16 @@ class _Server:
 
         One of HTTP/2 does not count: the front can tell its client, with GOAWAY, which requests it takes.
         """
-        handler, pool = self._handler, self._pool
+        handler, asgi, pool = self._handler, self._asgi, self._pool
         quiet = _LONG_QUIET if self._replaced else _QUIET
         begun = -1
         quiet_since = 0.0
         while not self._forced.wait(_POLL):
             now = time.monotonic()
-            running = pool.running + pool.waiting - handler.http2_running
-            if running > 0 or handler.http1_begun != begun or (not self._replaced and self._listener.queued()):
-                begun = handler.http1_begun
+            running = pool.running + pool.waiting - handler.http2_running + (asgi.http1_running if asgi else 0)
+            begun_now = handler.http1_begun + (asgi.http1_begun if asgi else 0)
+            if running > 0 or begun_now != begun or (not self._replaced and self._listener.queued()):
+                begun = begun_now
                 quiet_since = now
             elif self._replaced and now - quiet_since >= _QUIET and not self._front.has_connections():
                 return
@@ -338,6 +407,11 @@ class _Server:
     def _cut(self) -> int:
         """End what has not ended in time."""
         cut = self._pool.kill(timeout=_LAST_SECONDS / 2) + self._websockets.kill(timeout=_LAST_SECONDS / 2)
+        if self._asgi is not None:
+            try:
+                cut += aio.run_coroutine(self._asgi.cancel(), timeout=_LAST_SECONDS / 2)
+            except TimeoutError:
+                logger.warning("Some tasks of the ASGI application did not end when they were cancelled")
         connections = self._front.reset_connections()
         why = "a second signal came" if self._forced.is_set() else f"{self._options.graceful_timeout:g} s are over"
         logger.warning("Cut %d running requests and %d connections: %s", cut, connections, why)
@@ -352,6 +426,19 @@ def _discard(exchange: Exchange) -> None:
         exchange.discard_request()
     finally:
         exchange.release()
+
+
+def _outcome(coroutine: Coroutine[Any, Any, None]) -> Exception | None:
+    """Run a coroutine on the asyncio thread; return what it raises, which a greenlet would print."""
+    try:
+        aio.run_coroutine(coroutine)
+    except Exception as error:  # noqa: BLE001 - raised or logged by the caller
+        return error
+    return None
+
+
+def _wait_for_one(first: Any, second: Any, timeout: float | None = None) -> None:
+    gevent.wait([first, second], timeout=timeout, count=1)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """WebSockets for sync code: each runs its handler on a greenlet, which receives and sends as it likes.
 
-See RFC 6455; the messages themselves go through `puff_patch.server.front.WebSocketExchange`.
+See RFC 6455; the messages themselves go through `puff_patch.server.exchange_websocket`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import gevent
 from gevent import GreenletExit
 
 from puff_patch.runtime import WarmPool
-from puff_patch.server.front import Exchange, WebSocketClosed, WebSocketExchange, WebSocketTimeout
+from puff_patch.server.exchange import Exchange
+from puff_patch.server.exchange_websocket import WebSocketClosed, WebSocketExchange, WebSocketTimeout
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

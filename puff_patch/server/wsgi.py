@@ -14,7 +14,8 @@ from urllib.parse import unquote_to_bytes
 from gevent import GreenletExit
 
 from puff_patch.server.body import RequestBody
-from puff_patch.server.front import BodyTooLarge, ClientDisconnected, Exchange
+from puff_patch.server.exchange import BodyTooLarge, ClientDisconnected, Exchange
+from puff_patch.server.headers import CLOSE, ERROR_BODY, HOP_BY_HOP
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo, SupportsRead
@@ -28,16 +29,9 @@ _WHOLE_BODY = 1024 * 1024
 _PIECE = 64 * 1024
 _FILE_BLOCK = 64 * 1024
 
-# Meaningful between two neighbours only, so the front's and not the application's (RFC 9110, 7.6.1).
-_HOP_BY_HOP = frozenset(
-    [b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"]
-) | {b"te", b"trailer", b"trailers", b"transfer-encoding", b"upgrade"}
-
 _LIST_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())))
 
 _NOTHING_SENT, _PART_SENT, _WHOLE_SENT = "nothing sent", "part sent", "whole sent"
-_CLOSE = (b"connection", b"close")
-_ERROR_BODY = b"Internal Server Error\n"
 
 # Header names as environ keys and on the wire; None for one to leave out. Clients and applications choose
 # the names, so the tables stop growing at a size no honest set of names reaches.
@@ -232,7 +226,7 @@ class _Response:
                 raise ValueError(f"Content-Length is negative: {length}")
             wire.append((b"content-length", b"%d" % length))
         if last and self._exchange.scope["http_version"] != "2":
-            wire.append(_CLOSE)
+            wire.append(CLOSE)
         self._status = code
         self._headers = wire
         self._length = length
@@ -274,10 +268,10 @@ class _Response:
             self._exchange.abort()
         else:
             logger.exception("%s %s failed", method, path)
-            body = b"" if self._head else _ERROR_BODY
-            headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(_ERROR_BODY))]
+            body = b"" if self._head else ERROR_BODY
+            headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(ERROR_BODY))]
             if self._handler.closing and scope["http_version"] != "2":
-                headers.append(_CLOSE)
+                headers.append(CLOSE)
             self._status, self._headers = 500, headers
             try:
                 self._respond(body)
@@ -368,7 +362,7 @@ def _wire_name(name: str) -> bytes | None:
     if not isinstance(name, str):
         raise TypeError(f"a header's name must be str, not {type(name).__name__}")
     encoded: bytes | None = name.lower().encode("latin-1")
-    if encoded in _HOP_BY_HOP:
+    if encoded in HOP_BY_HOP:
         encoded = None
     if len(_wire_names) < _TABLE_SIZE:
         _wire_names[name] = encoded

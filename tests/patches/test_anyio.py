@@ -85,3 +85,29 @@ def test_threads_are_greenlets_and_keep_anyios_rules() -> None:
                 portal.call(main)
         assert len(set(map(id, loops))) == 4
     """)
+
+
+def test_workers_on_the_asyncio_thread_are_kept() -> None:
+    """They belong to the task at the root of the loop; without one each call would search all tasks for it."""
+    run_python(
+        """
+import puff_patch
+puff_patch.patch_all()
+import asyncio, gevent
+import anyio, anyio.to_thread
+from anyio._backends import _asyncio as backend
+from puff_patch.runtime import aio
+async def one():
+    await anyio.to_thread.run_sync(time.sleep, 0.001)
+async def workers():
+    return backend._threadpool_workers.get()
+def request():
+    aio.run_coroutine(one())
+for _ in range(3):
+    gevent.joinall([gevent.spawn(request) for _ in range(20)], raise_error=True)
+kept = aio.run_coroutine(workers())
+assert 0 < len(kept) <= 20, len(kept)
+assert {worker.root_task.get_coro().__qualname__ for worker in kept} == {"AsyncioThread._main"}
+assert aio.stop()
+"""
+    )

@@ -19,9 +19,11 @@ from gevent.event import Event
 from server_process import read_all
 from support.process import run_python
 
-from puff_patch.runtime import Mailbox
+from puff_patch.runtime import Mailbox, aio
 from puff_patch.server import ClientDisconnected, ServerError, ServerOptions
-from puff_patch.server.front import TESTED_VERSIONS, Exchange, Front, check_version
+from puff_patch.server.exchange import Exchange
+from puff_patch.server.exchange_async import AsyncExchange
+from puff_patch.server.front import TESTED_VERSIONS, AsyncioSide, Front, check_version
 from puff_patch.server.listener import Listener
 
 OK = [(b"content-type", b"text/plain")]
@@ -386,3 +388,53 @@ def test_client_sees_a_server(running: Running) -> None:
         return response.status, response.read()
 
     assert running.ask(client) == (200, b"hello")
+
+
+def test_asyncio_side_does_without_the_hub() -> None:
+    """Requests and what is awaited go between Granian's threads and the loop, also while the hub is blocked."""
+    where: dict[str, list[int]] = {"takes": [], "request": [], "received": []}
+    ended = threading.Event()
+
+    def takes(scope: dict[str, Any]) -> bool:
+        where["takes"].append(threading.get_ident())
+        return bool(scope["path"] == "/loop")
+
+    async def run(exchange: AsyncExchange) -> None:
+        where["request"].append(threading.get_ident())
+        parts = []
+        while (message := await exchange.receive_message())["more_body"]:
+            parts.append(message["body"])
+        where["received"].append(threading.get_ident())
+        exchange.start(200, [(b"content-length", b"8")])
+        for part in (*parts, message["body"]):
+            await exchange.send_part(part)
+        exchange.end()
+        exchange.finish()
+        assert await exchange.receive_message() == {"type": "http.disconnect"}
+        exchange.release()
+        assert await exchange.receive_message() == {"type": "http.disconnect"}
+        ended.set()
+
+    tasks: list[Any] = []
+    thread = aio.get_thread()
+    side = AsyncioSide(
+        thread.loop, takes, lambda exchange: tasks.append(thread.loop.create_task(run(exchange))), id
+    )
+    running = Running(asgi=side)
+    head = b"POST /loop HTTP/1.1\r\nHost: h\r\nContent-Length: 8\r\nConnection: close\r\n\r\n"
+    # In this thread, and so with the hub blocked: it is not patched.
+    with socket.create_connection(running.listener.address, 5) as sock:
+        sock.sendall(head + b"half")
+        time.sleep(0.05)
+        sock.sendall(b"half")
+        assert read_all(sock).endswith(b"\r\n\r\nhalfhalf")
+    assert ended.wait(5)
+    assert where["request"] == where["received"] == [thread.ident]
+    assert not {threading.get_ident(), thread.ident} & set(where["takes"])
+    assert not running.in_hub
+    # The other side is there as ever.
+    assert running.get().endswith(b"hello")
+    assert running.in_hub == [True]
+    assert running.stop()
+    running.listener.close()
+    assert aio.stop()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from puff_patch.server.front import Exchange
+    from puff_patch.server.exchange import Exchange
 
 logger = logging.getLogger("puff_patch.server")
 

@@ -18,7 +18,7 @@ from puff_patch import config
 from puff_patch.server.filters.base import Answer, Filter, Life, Responder, Scope
 
 if TYPE_CHECKING:
-    from puff_patch.server.front import Exchange
+    from puff_patch.server.exchange import Exchange
 
 logger = logging.getLogger("puff_patch.server")
 

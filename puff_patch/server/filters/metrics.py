@@ -14,7 +14,7 @@ from gevent.monkey import get_original
 from puff_patch.server.filters.base import Answer, Filter, Responder, Scope, header
 
 if TYPE_CHECKING:
-    from puff_patch.server.front import Exchange
+    from puff_patch.server.exchange import Exchange
 
 _allocate_lock: Callable[[], Any] = get_original("_thread", "allocate_lock")
 

@@ -23,7 +23,7 @@ from puff_patch.server.filters.base import Answer, Filter, Headers, Responder, S
 from puff_patch.server.filters.negotiation import negotiate
 
 if TYPE_CHECKING:
-    from puff_patch.server.front import Exchange
+    from puff_patch.server.exchange import Exchange
 
 # Each block costs a trip to the front.
 _BLOCK = 64 * 1024
