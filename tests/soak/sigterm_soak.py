@@ -151,6 +151,8 @@ def main(seconds: float, workers: int) -> int:
         while time.monotonic() < end:
             gevent.sleep(random.uniform(0.3, 0.8))
             for _ in range(random.choice((1, 2, 4)) if workers > 1 else 0):
+                if counts["SIGHUP"] and time.monotonic() > end:
+                    break
                 process.send_signal(signal.SIGHUP)
                 counts["SIGHUP"] += 1
                 gevent.sleep(random.uniform(0.1, 1.5))
