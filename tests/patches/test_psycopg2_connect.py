@@ -147,9 +147,9 @@ report([counts, list(puff_patch.stats().values())[0]])
         env=services.env(),
     )
     counts, stats = told
-    assert counts["answered"] > 100
-    assert counts["killed"] > 100
-    assert counts["timed out"] > 10
+    assert counts["answered"] > 20
+    assert counts["killed"] > 20
+    assert counts["timed out"] > 3
     assert stats["pool_size"] <= 8
     assert stats["requests_waiting"] == 0
 
