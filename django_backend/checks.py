@@ -88,15 +88,15 @@ def check_patched(**kwargs: Any) -> list[CheckMessage]:
 
 
 def check_configuration(**kwargs: Any) -> list[CheckMessage]:
-    """E002: the environment."""
+    """E002: the environment, puff.toml and ``settings.PUFF``."""
     try:
         current()
         _workers()
     except ConfigError as error:
         return [
             Error(
-                f"puff_patch cannot use the environment: {error}.",
-                hint="Correct or remove the variable; docs/configuration.md lists them.",
+                f"puff_patch cannot use its configuration: {error}.",
+                hint="Correct or remove it; docs/configuration.md lists what there is.",
                 id="puff.E002",
             )
         ]

@@ -156,7 +156,6 @@ def test_port_in_use(debug_server: ServerProcess) -> None:
         (["nonsense:x"], {}, "'nonsense:x' is not a valid port number or address:port pair"),
         (["70000"], {}, "70000 is not a valid port number"),
         (["192.0.2.1:0"], {}, "the address is not one of this machine"),
-        (["0", "--workers", "2"], {}, "Several workers come in a later version"),
         (["0", "--max-greenlets", "0"], {}, "max_greenlets must be at least 1"),
         ([], {"PROJECT_NO_HOSTS": "1"}, "You must set settings.ALLOWED_HOSTS"),
         ([], {"PROJECT_APPLICATION": ""}, "settings.WSGI_APPLICATION is not set"),

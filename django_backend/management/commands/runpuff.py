@@ -1,12 +1,12 @@
-"""``manage.py runpuff``: serve the project's WSGI application on puff_patch's server."""
+"""``manage.py runpuff``: serve the project's applications on puff_patch's server."""
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import sys
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from django.apps import apps
@@ -18,6 +18,13 @@ from django.core.servers.basehttp import get_internal_wsgi_application
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 
 import puff_patch
+from django_backend import conf
+from puff_patch import background, serving
+from puff_patch.config import ConfigError
+from puff_patch.project import Project
+
+if TYPE_CHECKING:
+    from puff_patch.server import Applications
 
 _DATABASE_SECONDS = 10.0
 
@@ -30,9 +37,9 @@ Put these two lines first in manage.py (and in wsgi.py), before every other impo
 
 
 class Command(BaseCommand):
-    """Serve the WSGI application of the project in this process, on greenlets, until SIGTERM or Ctrl-C."""
+    """Serve the applications of the project in this process, until SIGTERM or Ctrl-C."""
 
-    help = "Serves the project's WSGI application on greenlets behind a Rust HTTP front."
+    help = "Serves the project on greenlets behind a Rust HTTP front. puff.toml and settings.PUFF say the same."
 
     # Run in handle(), when the embedded services are up and the server has said what it does.
     requires_system_checks = []
@@ -42,88 +49,70 @@ class Command(BaseCommand):
         parser.add_argument(
             "addrport",
             nargs="?",
-            default="8000",
             help="port, or address:port; port 0 takes a free one. Default: 127.0.0.1:8000.",
         )
-        parser.add_argument("--workers", type=int, default=1, help="number of processes; only 1 for now.")
-        parser.add_argument(
-            "--graceful-timeout",
-            type=float,
-            default=30.0,
-            metavar="SECONDS",
-            help="how long running requests may take after SIGTERM or Ctrl-C. Default: 30.",
-        )
-        parser.add_argument(
-            "--max-greenlets",
-            type=int,
-            default=1000,
-            metavar="N",
-            help="how many requests run at a time; further ones wait in order. Default: 1000.",
-        )
-        parser.add_argument(
-            "--access-log",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="log one line a request. Default: if DEBUG is on.",
-        )
-        parser.add_argument(
-            "--nostatic", action="store_true", help="do not serve the static files of installed apps."
-        )
-        parser.add_argument("--insecure", action="store_true", help="serve static files even if DEBUG is off.")
+        try:
+            project = conf.read()
+        except ConfigError:
+            project = Project()  # said in handle()
+        serving.add_server_options(parser, project)
+        for option, text in serving.DJANGO_SWITCHES.items():
+            parser.add_argument(option, action="store_true", help=text)
         parser.add_argument(
             "--embedded",
             action="store_true",
             help="start a PostgreSQL and a Redis from wheels first, with their data in PUFF_DATA_DIR.",
         )
-        parser.add_argument("--skip-checks", action="store_true", help="skip the system checks.")
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Check the project, then serve it."""
-        from puff_patch.server import ServerError, ServerOptions, serve
+        try:
+            code = self._serve(options)
+        except ConfigError as exc:
+            raise CommandError(str(exc)) from exc
+        if code:
+            sys.exit(code)
 
-        host, port = _address(options["addrport"])
-        if options["workers"] != 1:
-            raise CommandError(
-                "Several workers come in a later version; until then run several processes behind a proxy."
-            )
+    def _serve(self, options: dict[str, Any]) -> int:
+        project = conf.read()
+        given = dict(options)
+        if options["addrport"] is not None:
+            given["host"], given["port"] = _address(options["addrport"])
         if not puff_patch.is_patched("sockets"):
             raise CommandError(_NOT_PATCHED)
         if not settings.DEBUG and not settings.ALLOWED_HOSTS:
             raise CommandError("You must set settings.ALLOWED_HOSTS if DEBUG is False.")
-        access_log = options["access_log"]
-        try:
-            server_options = ServerOptions(
-                host=host,
-                port=port,
-                graceful_timeout=options["graceful_timeout"],
-                max_greenlets=options["max_greenlets"],
-                access_log=settings.DEBUG if access_log is None else access_log,
-                on_stop=(puff_patch.close_pools,),
-            )
-        except ValueError as exc:
-            raise CommandError(str(exc)) from exc
+        stop = background.start(project)
+        server_options = serving.server_options(
+            project,
+            given,
+            otherwise={"access_log": settings.DEBUG},
+            on_stop=(stop, puff_patch.close_pools),
+        )
         if options["embedded"]:
             self._start_embedded()
-        application = _application(nostatic=options["nostatic"], insecure=options["insecure"])
+        for problem in serving.unavailable(project):
+            self.stderr.write(problem)
+
+        def load() -> Applications:
+            found = serving.applications(project, given, otherwise=_application)
+            return _with_static_files(found, nostatic=options["nostatic"], insecure=options["insecure"])
+
+        applications = load()  # before the checks: what cannot be loaded is the first thing to say
         if not options["skip_checks"]:
             self.stdout.write("Performing system checks...\n")
             self.check(display_num_errors=True)
         self._notice_migrations()
-        if settings.DEBUG and not _is_loopback(host):
+        if settings.DEBUG and not _is_loopback(server_options.host):
             self.stderr.write(
-                f"DEBUG is on, and {host} is not a loopback address: whoever reaches it is shown source code and "
-                "settings at every error. Set DEBUG = False in settings."
+                f"DEBUG is on, and {server_options.host} is not a loopback address: whoever reaches it is shown "
+                "source code and settings at every error. Set DEBUG = False in settings."
             )
         self.stdout.write(
             f"Django version {self.get_version()}, using settings {settings.SETTINGS_MODULE!r}\n"
             "Quit the server with CONTROL-C."
         )
-        try:
-            code = serve(application, server_options)
-        except ServerError as exc:
-            raise CommandError(str(exc)) from exc
-        if code:
-            sys.exit(code)
+        return serving.run(lambda: applications, server_options)
 
     def _start_embedded(self) -> None:
         """Start the embedded services, and this process anew if their addresses came too late for it."""
@@ -184,8 +173,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _application(*, nostatic: bool, insecure: bool) -> Any:
-    """Load the application that settings name, with the static files of installed apps where they are wanted."""
+def _application() -> Any:
+    """Load the application that settings name."""
     if not settings.WSGI_APPLICATION:
         raise CommandError(
             "settings.WSGI_APPLICATION is not set. Name your application there, for example\n"
@@ -203,8 +192,21 @@ def _application(*, nostatic: bool, insecure: bool) -> Any:
             f"settings.WSGI_APPLICATION is {settings.WSGI_APPLICATION!r}, which is not callable but "
             f"{type(application).__name__}."
         )
-    if apps.is_installed("django.contrib.staticfiles") and not nostatic and (settings.DEBUG or insecure):
-        from django.contrib.staticfiles.handlers import StaticFilesHandler
-
-        return StaticFilesHandler(application)
     return application
+
+
+def _with_static_files(found: Applications, *, nostatic: bool, insecure: bool) -> Applications:
+    """Add the static files of installed apps, where they are wanted."""
+    if not apps.is_installed("django.contrib.staticfiles") or nostatic or not (settings.DEBUG or insecure):
+        return found
+    from django.contrib.staticfiles import handlers
+
+    # wsgi.py may have done so itself. What they wrap may be any application, whatever Django's stubs say.
+    wrap: Any
+    if found.wsgi is not None:
+        wrap = handlers.StaticFilesHandler
+        return found if isinstance(found.wsgi, wrap) else replace(found, wsgi=wrap(found.wsgi))
+    if found.asgi is not None:
+        wrap = handlers.ASGIStaticFilesHandler
+        return found if isinstance(found.asgi, wrap) else replace(found, asgi=wrap(found.asgi))
+    return found
