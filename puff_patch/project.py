@@ -224,7 +224,7 @@ class Program:
             DJANGO_SETTINGS_MODULE, or that of manage.py.
         add_cwd_to_path: find modules in the working directory first.
         dotenv: read variables that the environment does not have from a file.
-        dotenv_path: that file; it need not be there.
+        dotenv_path: that file; .env need not be there.
         asyncio: start the asyncio thread at once, and not when it is needed first.
         greenlets: of no effect: functions always run on greenlets.
         pytest: of no effect: puff pytest is always there.
@@ -429,7 +429,7 @@ def load_dotenv(project: Project) -> None:
     """Add to the environment what the program's ``.env`` says and the environment does not.
 
     Raises:
-        ConfigError: the file is not there although it was asked for.
+        ConfigError: another file than ``.env`` was asked for, and is not there.
     """
     program = project.program
     if not program.dotenv:
@@ -439,7 +439,7 @@ def load_dotenv(project: Project) -> None:
         import dotenv
 
         dotenv.load_dotenv(path)
-    elif {"dotenv", "dotenv_path"} <= project.values.keys():
+    elif program.dotenv_path != Program.dotenv_path:
         raise ConfigError(f"{project.where('dotenv_path')}: there is no file {program.dotenv_path}")
 
 

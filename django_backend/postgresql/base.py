@@ -35,13 +35,18 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
     _checked_pool: object = None
     _pool_argument: object = True
+    _wrong_configuration: ConfigError | None = None
 
     def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
         conf.install()  # where django_backend is no installed app
         named = any(settings_dict.get(key) for key in SERVER_SETTINGS.values())
         # Django's connection without a database, to create one, has the server of the one it was made from.
         if not named and not settings_dict["OPTIONS"].get("service") and alias != NO_DB_ALIAS:
-            _use_configured_server(settings_dict, alias)
+            try:
+                _use_configured_server(settings_dict, alias)
+            except ConfigError as error:
+                # Models are imported before `manage.py check` can say so, and make this object.
+                self._wrong_configuration = error
         super().__init__(settings_dict, alias)
 
     @property
@@ -53,8 +58,10 @@ class DatabaseWrapper(base.DatabaseWrapper):
         """Django's parameters for ``connect``; the pool's options are no business of others who ask for them.
 
         Raises:
-            ImproperlyConfigured: `puff_patch.patch_all` was not called.
+            ImproperlyConfigured: `puff_patch.patch_all` was not called, or its configuration is wrong.
         """
+        if self._wrong_configuration is not None:
+            raise ImproperlyConfigured(str(self._wrong_configuration)) from self._wrong_configuration
         options = self.settings_dict["OPTIONS"]
         # Django takes the option for its own pool, or refuses it: not knowing of ours.
         self.settings_dict["OPTIONS"] = {key: value for key, value in options.items() if key != "pool"}

@@ -332,7 +332,6 @@ def shared_client(
                 settings = dict(options)
                 if pool_class is None:
                     settings = {**_SHARED_DEFAULTS, "retry": _short_retry(), **settings}
-                    settings.setdefault("max_connections", current().redis_pool.max_size)
                 pool = (pool_class or RedisPool).from_url(url, **settings)
                 # The options are kept: a key may hold the id() of one of their values.
                 found = _clients[key] = (redis.Redis(connection_pool=pool), options)
