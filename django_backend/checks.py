@@ -25,6 +25,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
 import puff_patch
+from django_backend import conf
 from puff_patch.config import DEFAULT_POSTGRES_URL, DEFAULT_REDIS_URL, ConfigError, PoolOptions, current
 from puff_patch.patches.django import driver
 
@@ -472,7 +473,8 @@ def _workers() -> int:
             if not value.isdigit() or int(value) < 1:
                 raise ConfigError(f"{variable} takes a number of processes, got {value!r}")
             return int(value)
-    return 1
+    said: int = conf.read().server.get("workers", 1)
+    return max(1, said)  # 0 is as many as there are processors, which may be any number
 
 
 def _has_our_engine(alias: str) -> bool:
