@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/ is run, in order, in a fresh Django project for each page.
 
 A block says in its info string what it is: ``python`` is run as a program, ``python file=PATH at=top|end`` is
-added to a file of the project, ``toml`` must be a right puff.toml (the project's with ``file=PATH``), ``bash`` is run
-line by line, ``text`` is shown only.
+added to a file of the project, ``toml`` must be a right puff.toml (the project's with ``file=PATH``), ``bash`` is
+run line by line, ``text`` is shown only.
 """
 
 from __future__ import annotations

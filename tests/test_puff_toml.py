@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -13,6 +16,7 @@ from puff_patch import config, project, schema, serving
 from puff_patch.cli.example import example
 from puff_patch.config import Config, ConfigError, HttpClientOptions, PoolOptions
 from puff_patch.project import Project, Source
+from puff_patch.server import ServerOptions
 
 # The files that Puff's README and its page on the command line show, one by one.
 SEED = {
@@ -401,6 +405,106 @@ def test_the_example_has_every_key_and_is_right_with_and_without_its_comments(lo
             value = everything.values[key.name]
             assert set(value if key.kind.table else value[0]) == set(schema.keys(table)), key.name
         assert key.help, f"{key.name} is not explained"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How to compress.
+
+    Args:
+        level: how much.
+    """
+
+    level: int = 4
+
+
+@dataclass(frozen=True)
+class Origins:
+    """As the server's filter has it."""
+
+    allow_origins: tuple[str, ...] = ()
+    allow_origin_regex: str = ""
+    allow_methods: tuple[str, ...] = ("GET",)
+    allow_headers: tuple[str, ...] = ()
+    allow_credentials: bool = False
+    max_age: int = 600
+
+    def __post_init__(self) -> None:
+        if not self.allow_origins and not self.allow_origin_regex:
+            raise ValueError("CORS needs allow_origins")
+
+
+@dataclass(frozen=True)
+class MoreOptions(ServerOptions):
+    """What the server may have tomorrow.
+
+    Args:
+        workers_more: how many *more* ``processes``,
+            in two lines.
+        secret: not to be shown.
+        mode: of two.
+        labels: of each request.
+        compression: see there.
+        cors: see there.
+        mounts: folders.
+    """
+
+    workers_more: int = 1
+    secret: str | None = field(default=None, repr=False)
+    mode: Literal["slow", "fast"] = "slow"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    compression: Packing | None = None
+    cors: Origins | None = None
+    mounts: tuple[Packing, ...] = ()
+    callback: Callable[[], object] | None = None
+
+
+@pytest.fixture
+def more_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("puff_patch.server.options.ServerOptions", MoreOptions)
+    project.server_keys.cache_clear()
+    yield
+    project.server_keys.cache_clear()
+
+
+@pytest.mark.usefixtures("more_options")
+def test_a_field_of_the_server_is_a_key_a_variable_and_an_option_without_a_word_more(load: Any) -> None:
+    found = load(
+        """
+        workers_more = 2
+        labels = {a = "1"}
+        compression_middleware = true
+        [cors]
+        allowed_origins = "http://a"
+        max_age_secs = 5
+        [[mounts]]
+        level = 1
+        """
+    )
+    parser = ArgumentParser(formatter_class=serving.HelpFormatter)
+    serving.add_server_options(parser, found)
+    shown = " ".join(parser.format_help().split())
+    assert "how many *more* processes, in two lines. [env: PUFF_WORKERS_MORE=] [default: 2]" in shown
+    assert "secret" not in shown
+    assert "callback" not in shown
+    given = vars(parser.parse_args(["--mode", "fast"]))
+    options: Any = serving.server_options(found, given, environ={"PUFF_SECRET": "hush", "PUFF_LABELS": "b=2, c=3"})
+    assert (options.workers_more, options.mode, options.secret) == (2, "fast", "hush")
+    assert options.labels == {"b": "2", "c": "3"}
+    assert options.mounts == (Packing(1),)
+    assert options.compression == Packing()
+    assert options.cors == Origins(allow_origins=("http://a",), max_age=5)
+    packed: Any = serving.server_options(load("[compression]\nlevel = 9\n"), {}, environ={})
+    assert packed.compression == Packing(9)
+    with pytest.raises(ConfigError, match=r"^puff\.toml, line 2: CORS needs allow_origins"):
+        serving.server_options(load("\n[cors]\nallow_credentials = true\n"), {}, environ={})
+    with pytest.raises(ConfigError, match=r"PUFF_SECRET takes|line 1: mode takes \"slow\" or \"fast\", got 'x'"):
+        load("mode = 'x'")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--mode", "other"])
+    everything = load(re.sub(r"^# (?=\w+ = |\[+\w+\]+$)", "", example(), flags=re.M))
+    assert set(everything.values) == set(project.allowed_keys())
+    assert serving.server_options(load(example()), {}, environ={}) == MoreOptions()
 
 
 def test_cors_in_the_words_of_the_server() -> None:

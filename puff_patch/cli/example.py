@@ -25,6 +25,7 @@ _SAMPLES: Mapping[str, Any] = {
     "bind": "127.0.0.1:7777",
     "uds": "/run/my_program.sock",
     "blocked_hub_ms": 250,
+    "max_body_size": 10_485_760,
     "unpooled_postgres": ["*/reporting"],
     "metrics_token": "a-secret",
     "host": "127.0.0.1",
@@ -38,6 +39,8 @@ _SAMPLES: Mapping[str, Any] = {
     "commands.command_name": "my_command",
     "websocket.path": "/chat",
     "websocket.handler": "my_module.chat",
+    "static.prefix": "/static/",
+    "static.folder": "static",
     "postgres.url": "postgres://postgres:password@localhost:5432/postgres",
     "redis.url": "redis://localhost:6379",
     "pubsub.url": "redis://localhost:6379",
@@ -49,8 +52,8 @@ _SAMPLES: Mapping[str, Any] = {
     "http_client.user_agent": "my_program/1.0",
     "http_client.base_url": "http://localhost:7777",
 }
-# Tables that would ask for something that is not there; the others only repeat what holds anyway.
-_UNSAID = frozenset({"commands", "websocket", "graphql", "cors"})
+# Lists of tables that only repeat what holds anyway; others would ask for something that may not be there.
+_SAID = frozenset({"postgres", "redis", "pubsub", "task_queue", "http_client"})
 
 
 def example() -> str:
@@ -63,7 +66,7 @@ def example() -> str:
     for key in keys.values():
         if (table := key.kind.table or key.kind.tables) is not None:
             brackets = "[{}]" if key.kind.table else "[[{}]]"
-            unsaid = key.name in _UNSAID
+            unsaid = key.default is None or (bool(key.kind.tables) and key.name not in _SAID)
             lines += [*_comment(key.help), ("# " if unsaid else "") + brackets.format(key.name)]
             for inner in schema.keys(table).values():
                 default = getattr(key.default, inner.name, None) if key.kind.table else None
