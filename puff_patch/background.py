@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 from puff_patch.project import Project
 
 
-def start(project: Project) -> Callable[[], None]:
-    """Start it, on greenlets of the calling thread's hub.
+class Background:
+    """The background of one process; ``puff serve``, ``manage.py runpuff`` and ``puff wait_forever`` all have one.
 
-    The one place where the workers of task queues are to be started; ``puff serve``, ``manage.py runpuff`` and
-    ``puff wait_forever`` all come by here.
+    The one place where the workers of task queues are to be started and stopped.
 
     Args:
-        project: says what there is.
-
-    Returns:
-        What ends it again, and waits until it has ended.
+        project: says what there is to run.
     """
-    for index, queue in enumerate(project.program.task_queue):
-        if queue.enable:
-            print(
-                f"puff: {project.where('task_queue', index)}: tasks are run by a later version; "
-                f"the queue {queue.name!r} has no worker here",
-                file=sys.stderr,
-            )
-    return lambda: None
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+
+    def start(self) -> None:
+        """Start it, on greenlets of the calling thread's hub, in the process that serves."""
+        for index, queue in enumerate(self._project.program.task_queue):
+            if queue.enable:
+                print(
+                    f"puff: {self._project.where('task_queue', index)}: tasks are run by a later version; "
+                    f"the queue {queue.name!r} has no worker here",
+                    file=sys.stderr,
+                )
+
+    def stop(self) -> None:
+        """End what was started, and wait until it has ended; does nothing if nothing was."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from puff_patch import background
+from puff_patch.background import Background
 from puff_patch.cli.common import prepare, service_parser
 from puff_patch.config import ConfigError
 from puff_patch.project import BUILT_IN, Project
@@ -140,7 +140,8 @@ def wait_forever(project: Project, arguments: list[str]) -> int:
 
     import puff_patch
 
-    stop = background.start(project)
+    background = Background(project)
+    background.start()
     ended = Event()
     # The loop's own watchers: an idle hub runs no Python code, and so no handler of signal.signal().
     watchers = [gevent.get_hub().loop.signal(number) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -150,7 +151,7 @@ def wait_forever(project: Project, arguments: list[str]) -> int:
     ended.wait()
     for watcher in watchers:
         watcher.close()
-    stop()
+    background.stop()
     puff_patch.close_pools()
     return 0
 

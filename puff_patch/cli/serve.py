@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from puff_patch import background, serving
+from puff_patch import serving
+from puff_patch.background import Background
 from puff_patch.cli.common import prepare, service_parser
 from puff_patch.project import BUILT_IN, Project
 from puff_patch.references import load
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
+
+    from puff_patch.server import Applications
 
 
 def serve(project: Project, arguments: list[str]) -> int:
@@ -64,11 +67,16 @@ def _serve(
     for problem in serving.unavailable(project):
         print(f"puff: {problem}", file=sys.stderr)
     host, _, port = serving.DEFAULT_BIND.rpartition(":")
-    stop = background.start(project)
+    background = Background(project)
     options = serving.server_options(
         project,
         given,
         otherwise={"host": host, "port": int(port)},
-        on_stop=(stop, puff_patch.close_pools),
+        on_stop=(background.stop, puff_patch.close_pools),
     )
-    return serving.run(lambda: serving.applications(project, given, otherwise=otherwise), options)
+
+    def load() -> Applications:
+        background.start()
+        return serving.applications(project, given, otherwise=otherwise)
+
+    return serving.run(load, options)

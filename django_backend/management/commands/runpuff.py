@@ -19,7 +19,8 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections
 
 import puff_patch
 from django_backend import conf
-from puff_patch import background, serving
+from puff_patch import serving
+from puff_patch.background import Background
 from puff_patch.config import ConfigError
 from puff_patch.project import Project
 
@@ -82,37 +83,41 @@ class Command(BaseCommand):
             raise CommandError(_NOT_PATCHED)
         if not settings.DEBUG and not settings.ALLOWED_HOSTS:
             raise CommandError("You must set settings.ALLOWED_HOSTS if DEBUG is False.")
-        stop = background.start(project)
+        background = Background(project)
         server_options = serving.server_options(
             project,
             given,
             otherwise={"access_log": settings.DEBUG},
-            on_stop=(stop, puff_patch.close_pools),
+            on_stop=(background.stop, puff_patch.close_pools),
         )
         if options["embedded"]:
             self._start_embedded()
-        for problem in serving.unavailable(project):
-            self.stderr.write(problem)
 
         def load() -> Applications:
+            background.start()
             found = serving.applications(project, given, otherwise=_application)
             return _with_static_files(found, nostatic=options["nostatic"], insecure=options["insecure"])
 
-        applications = load()  # before the checks: what cannot be loaded is the first thing to say
-        if not options["skip_checks"]:
+        for problem in serving.unavailable(project):
+            self.stderr.write(problem)
+        self._look_before(server_options.host, skip_checks=options["skip_checks"])
+        return serving.run(load, server_options)
+
+    def _look_before(self, host: str, *, skip_checks: bool) -> None:
+        """Say what is to be said before the server runs."""
+        if not skip_checks:
             self.stdout.write("Performing system checks...\n")
             self.check(display_num_errors=True)
         self._notice_migrations()
-        if settings.DEBUG and not _is_loopback(server_options.host):
+        if settings.DEBUG and not _is_loopback(host):
             self.stderr.write(
-                f"DEBUG is on, and {server_options.host} is not a loopback address: whoever reaches it is shown "
-                "source code and settings at every error. Set DEBUG = False in settings."
+                f"DEBUG is on, and {host} is not a loopback address: whoever reaches it is shown source code and "
+                "settings at every error. Set DEBUG = False in settings."
             )
         self.stdout.write(
             f"Django version {self.get_version()}, using settings {settings.SETTINGS_MODULE!r}\n"
             "Quit the server with CONTROL-C."
         )
-        return serving.run(lambda: applications, server_options)
 
     def _start_embedded(self) -> None:
         """Start the embedded services, and this process anew if their addresses came too late for it."""
