@@ -7,20 +7,24 @@ Django's and the pool's: ``max_connections``, ``timeout`` (seconds a command wai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from django.core.cache.backends import redis
 from django.utils.functional import cached_property
 
+from django_backend import conf
 from puff_patch.config import current
 from puff_patch.patches.django import shared_cache_client
 
 
 @cache
-def _configured_server(service: str) -> str:
+def _configured_server(service: str) -> tuple[str, Mapping[str, Any]]:
     # Django makes a cache object for each request, and reading the configuration costs more than a GET.
-    return current().redis_url(service)
+    conf.install()
+    config = current()
+    return config.redis_url(service), config.redis_pools.get(service.lower(), {})
 
 
 class RedisCache(redis.RedisCache):
@@ -40,5 +44,13 @@ class RedisCache(redis.RedisCache):
 
     @cached_property
     def _cache(self) -> Any:
-        servers = [_configured_server(self._service)] if self._configured else self._servers
-        return shared_cache_client(self._class, servers, self._options)
+        if not self._configured:
+            return shared_cache_client(self._class, self._servers, self._options)
+        server, pool = _configured_server(self._service)
+        # A pool class of the project's own does not know the option.
+        options = (
+            {"pool_options": pool, **self._options}
+            if pool and "pool_class" not in self._options
+            else self._options
+        )
+        return shared_cache_client(self._class, [server], options)

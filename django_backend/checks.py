@@ -25,6 +25,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
 import puff_patch
+from django_backend import conf
 from puff_patch.config import DEFAULT_POSTGRES_URL, DEFAULT_REDIS_URL, ConfigError, PoolOptions, current
 from puff_patch.patches.django import driver
 
@@ -88,15 +89,15 @@ def check_patched(**kwargs: Any) -> list[CheckMessage]:
 
 
 def check_configuration(**kwargs: Any) -> list[CheckMessage]:
-    """E002: the environment."""
+    """E002: the environment, puff.toml and ``settings.PUFF``."""
     try:
         current()
         _workers()
     except ConfigError as error:
         return [
             Error(
-                f"puff_patch cannot use the environment: {error}.",
-                hint="Correct or remove the variable; docs/configuration.md lists them.",
+                f"puff_patch cannot use its configuration: {error}.",
+                hint="Correct or remove it; docs/configuration.md lists what there is.",
                 id="puff.E002",
             )
         ]
@@ -472,7 +473,8 @@ def _workers() -> int:
             if not value.isdigit() or int(value) < 1:
                 raise ConfigError(f"{variable} takes a number of processes, got {value!r}")
             return int(value)
-    return 1
+    said: int = conf.read().server.get("workers", 1)
+    return max(1, said)  # 0 is as many as there are processors, which may be any number
 
 
 def _has_our_engine(alias: str) -> bool:

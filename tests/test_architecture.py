@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each room may import those of its own height and below.  `embedded` starts what the configuration asks for, so
 # these two know each other.
 RANKS = {
+    "puff_patch.schema": 0,
     "puff_patch.config": 0,
     "puff_patch.embedded": 0,
     "puff_patch.runtime": 1,

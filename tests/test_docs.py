@@ -1,7 +1,8 @@
 """Every code block of the README and of docs/ is run, in order, in a fresh Django project for each page.
 
 A block says in its info string what it is: ``python`` is run as a program, ``python file=PATH at=top|end`` is
-added to a file of the project, ``bash`` is run line by line, ``text`` is shown only.
+added to a file of the project, ``toml`` must be a right puff.toml (the project's with ``file=PATH``), ``bash`` is
+run line by line, ``text`` is shown only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from puff_patch.project import load
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -95,6 +98,8 @@ class Project:
             self.add(block)
         elif block.language == "python":
             self.shell([sys.executable, "-W", "error", "-c", block.body])
+        elif block.language == "toml":
+            self.check_toml(block)
         elif block.language == "bash":
             for line in block.body.splitlines():
                 self.command(line)
@@ -121,10 +126,16 @@ class Project:
             )
         elif words[:2] == ["pip", "install"]:
             self.check_requirements(words[2:])
-        elif "runpuff" in words or words[:2] == ["python", "app.py"]:
+        elif "runpuff" in words or words[:2] in (["python", "app.py"], ["puff", "serve"]):
             self.serve(words)
         else:
             self.shell(["sh", "-ec", line])
+
+    def check_toml(self, block: Block) -> None:
+        """It must be a right puff.toml; with ``file=`` it is the project's from now on."""
+        path = self.folder / block.attributes.get("file", "shown.toml")
+        path.write_text(block.body)
+        load(path)
 
     def check_requirements(self, requirements: list[str]) -> None:
         setup = ConfigParser(interpolation=None)
@@ -142,6 +153,8 @@ class Project:
         if prefix:  # the page shows what happens without servers of one's own
             environment = {key: value for key, value in environment.items() if not key.endswith("_URL")}
         words = [re.sub(r"^(127\.0\.0\.1:)?\d+$", r"\g<1>0", word) for word in words[len(prefix) :]]
+        if words[0] == "puff":
+            words = [*words, "--bind", "127.0.0.1:0"]
         process = subprocess.Popen(
             words,
             cwd=self.folder,

@@ -2,7 +2,8 @@
 
 With no NAME, HOST, USER and so on, the server is the one puff_patch is configured for under the alias's name
 (``PUFF_<ALIAS>_POSTGRES_URL``, the embedded one, or localhost).  ``OPTIONS["pool"]`` takes the pool options of
-`puff_patch.config.PoolOptions`, or False for connections of their own; with psycopg2 and with psycopg 3.
+`puff_patch.config.PoolOptions`, or False for connections of their own; with psycopg2 and with psycopg 3.  Where it
+says nothing, what ``[[postgres]]`` of puff.toml says of the alias counts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.backends.postgresql import base
 
+from django_backend import conf
 from puff_patch.config import ConfigError, PoolOptions, current
 from puff_patch.patches.django import driver, with_setup
 
@@ -31,13 +33,20 @@ SERVER_SETTINGS = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "ho
 class DatabaseWrapper(base.DatabaseWrapper):
     """Django's, with the server from puff_patch's configuration and leases from its pool."""
 
-    _checked_pool: object = True
+    _checked_pool: object = None
+    _pool_argument: object = True
+    _wrong_configuration: ConfigError | None = None
 
     def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
+        conf.install()  # where django_backend is no installed app
         named = any(settings_dict.get(key) for key in SERVER_SETTINGS.values())
         # Django's connection without a database, to create one, has the server of the one it was made from.
         if not named and not settings_dict["OPTIONS"].get("service") and alias != NO_DB_ALIAS:
-            use_configured_server(settings_dict, alias)
+            try:
+                use_configured_server(settings_dict, alias)
+            except ConfigError as error:
+                # Models are imported before `manage.py check` can say so, and make this object.
+                self._wrong_configuration = error
         super().__init__(settings_dict, alias)
 
     @property
@@ -49,8 +58,10 @@ class DatabaseWrapper(base.DatabaseWrapper):
         """Django's parameters for ``connect``; the pool's options are no business of others who ask for them.
 
         Raises:
-            ImproperlyConfigured: `puff_patch.patch_all` was not called.
+            ImproperlyConfigured: `puff_patch.patch_all` was not called, or its configuration is wrong.
         """
+        if self._wrong_configuration is not None:
+            raise ImproperlyConfigured(str(self._wrong_configuration)) from self._wrong_configuration
         options = self.settings_dict["OPTIONS"]
         # Django takes the option for its own pool, or refuses it: not knowing of ours.
         self.settings_dict["OPTIONS"] = {key: value for key, value in options.items() if key != "pool"}
@@ -74,8 +85,10 @@ class DatabaseWrapper(base.DatabaseWrapper):
         pool = self.settings_dict["OPTIONS"].get("pool", True)
         if pool is not self._checked_pool:  # to look at it costs half as much as a lease
             pool_options(self.alias, pool)
+            said = {**_options_by_name(self.alias), **(pool if isinstance(pool, Mapping) else {})}
+            self._pool_argument = pool and (said or True)
             self._checked_pool = pool
-        return super().get_new_connection(with_setup(self, {**conn_params, "pool": pool}))
+        return super().get_new_connection(with_setup(self, {**conn_params, "pool": self._pool_argument}))
 
 
 def pool_options(alias: str, pool: object) -> PoolOptions | None:
@@ -96,12 +109,17 @@ def pool_options(alias: str, pool: object) -> PoolOptions | None:
                 f'pool is puff_patch\'s: leave it out, or use ENGINE "django.db.backends.postgresql"'
             )
         try:
-            return current().postgres_pool.merged(pool, where=where)
+            return current().postgres_pool.merged({**_options_by_name(alias), **pool}, where=where)
         except ConfigError as error:
             raise ImproperlyConfigured(str(error)) from error
     if pool is True or pool is False:
-        return current().postgres_pool if pool else None
+        return current().postgres_pool_options(alias) if pool else None
     raise ImproperlyConfigured(f"{where} takes pool options, True or False, got {pool!r}")
+
+
+def _options_by_name(alias: str) -> Mapping[str, Any]:
+    """What ``[[postgres]]`` of puff.toml says of the pool of this name."""
+    return current().postgres_pools.get(alias.lower(), {})
 
 
 def use_configured_server(settings_dict: dict[str, Any], alias: str) -> None:

@@ -114,6 +114,7 @@ class _Waiting(_Before):
     Args:
         max_connections: connections that may be open at once; the configured default if None.
         timeout: seconds a command waits for a connection; the configured default if None.
+        pool_options: further options of the pool, see `PoolOptions`, over the configured defaults.
         connection_kwargs: as for `redis.ConnectionPool`.
     """
 
@@ -122,13 +123,15 @@ class _Waiting(_Before):
         *args: Any,
         max_connections: int | None = None,
         timeout: float | None = None,
+        pool_options: Mapping[str, Any] | None = None,
         **connection_kwargs: Any,
     ) -> None:
         config = current()
-        connection_kwargs["max_connections"] = max_connections or config.redis_pool.max_size
+        configured = config.redis_pool.merged(pool_options or {}, where="Redis pool options")
+        connection_kwargs["max_connections"] = max_connections or configured.max_size
         super().__init__(*args, **connection_kwargs)
         patience = {} if timeout is None else {"timeout": timeout}
-        options = config.redis_pool.merged(
+        options = configured.merged(
             {"max_size": self.max_connections, "min_size": 0, **patience}, where="Redis pool options"
         )
         self._blocking_options = config.redis_blocking_pool.merged(
@@ -329,7 +332,6 @@ def shared_client(
                 settings = dict(options)
                 if pool_class is None:
                     settings = {**_SHARED_DEFAULTS, "retry": _short_retry(), **settings}
-                    settings.setdefault("max_connections", current().redis_pool.max_size)
                 pool = (pool_class or RedisPool).from_url(url, **settings)
                 # The options are kept: a key may hold the id() of one of their values.
                 found = _clients[key] = (redis.Redis(connection_pool=pool), options)

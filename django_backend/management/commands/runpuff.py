@@ -1,12 +1,12 @@
-"""``manage.py runpuff``: serve the project's WSGI application on puff_patch's server."""
+"""``manage.py runpuff``: serve the project's applications on puff_patch's server."""
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import sys
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from django.apps import apps
@@ -18,7 +18,14 @@ from django.core.servers.basehttp import get_internal_wsgi_application
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 
 import puff_patch
-from puff_patch import config
+from django_backend import conf
+from puff_patch import serving
+from puff_patch.background import Background
+from puff_patch.config import ConfigError
+from puff_patch.project import Project
+
+if TYPE_CHECKING:
+    from puff_patch.server import Applications
 
 _DATABASE_SECONDS = 10.0
 
@@ -31,9 +38,9 @@ Put these two lines first in manage.py (and in wsgi.py), before every other impo
 
 
 class Command(BaseCommand):
-    """Serve the WSGI application of the project on greenlets, in one process or more, until SIGTERM or Ctrl-C."""
+    """Serve the applications of the project, in this process or more, until SIGTERM or Ctrl-C."""
 
-    help = "Serves the project's WSGI application on greenlets behind a Rust HTTP front."
+    help = "Serves the project on greenlets behind a Rust HTTP front. puff.toml and settings.PUFF say the same."
 
     # Run in handle(), when the embedded services are up and the server has said what it does.
     requires_system_checks = []
@@ -43,127 +50,69 @@ class Command(BaseCommand):
         parser.add_argument(
             "addrport",
             nargs="?",
-            default="8000",
             help="port, or address:port; port 0 takes a free one. Default: 127.0.0.1:8000.",
         )
-        parser.add_argument(
-            "--workers",
-            type=_workers,
-            default=1,
-            metavar="N",
-            help='number of processes that serve; "auto" is one for each usable CPU. Default: 1.',
-        )
-        parser.add_argument(
-            "--reload",
-            action="store_true",
-            help="serve anew whenever a file of the program changes; for development.",
-        )
-        parser.add_argument(
-            "--reload-dir",
-            action="append",
-            default=[],
-            metavar="DIR",
-            help="a folder to watch for --reload instead of the program's; may be given several times.",
-        )
-        parser.add_argument(
-            "--max-requests",
-            type=int,
-            default=0,
-            metavar="N",
-            help="replace a worker after so many requests, against leaks of memory. Default: never.",
-        )
-        parser.add_argument(
-            "--max-requests-jitter",
-            type=int,
-            default=0,
-            metavar="N",
-            help="up to how many requests more, at random, so that workers are not all replaced at one time.",
-        )
-        parser.add_argument(
-            "--reuse-port",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="let other servers listen on the same port at the same time. Default: PUFF_REUSE_PORT, or not.",
-        )
-        parser.add_argument(
-            "--graceful-timeout",
-            type=float,
-            default=30.0,
-            metavar="SECONDS",
-            help="how long running requests may take after SIGTERM or Ctrl-C. Default: 30.",
-        )
-        parser.add_argument(
-            "--max-greenlets",
-            type=int,
-            default=1000,
-            metavar="N",
-            help="how many requests run at a time; further ones wait in order. Default: 1000.",
-        )
-        parser.add_argument(
-            "--access-log",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help="log one line a request. Default: if DEBUG is on.",
-        )
-        parser.add_argument(
-            "--nostatic", action="store_true", help="do not serve the static files of installed apps."
-        )
-        parser.add_argument("--insecure", action="store_true", help="serve static files even if DEBUG is off.")
+        try:
+            project = conf.read()
+        except ConfigError:
+            project = Project()  # said in handle()
+        serving.add_server_options(parser, project)
+        for option, text in serving.DJANGO_SWITCHES.items():
+            parser.add_argument(option, action="store_true", help=text)
         parser.add_argument(
             "--embedded",
             action="store_true",
             help="start a PostgreSQL and a Redis from wheels first, with their data in PUFF_DATA_DIR.",
         )
-        parser.add_argument("--skip-checks", action="store_true", help="skip the system checks.")
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Check the project, then serve it."""
-        from django_backend.websocket import get_handlers
-        from puff_patch.server import Applications, ServerError, ServerOptions, is_worker, run
+        try:
+            code = self._serve(options)
+        except ConfigError as exc:
+            raise CommandError(str(exc)) from exc
+        if code:
+            sys.exit(code)
 
-        host, port = _address(options["addrport"])
+    def _serve(self, options: dict[str, Any]) -> int:
+        from django_backend.websocket import adapt, get_handlers
+        from puff_patch.server import is_worker
+
+        project = conf.read()
+        given = dict(options)
+        if options["addrport"] is not None:
+            given["host"], given["port"] = _address(options["addrport"])
         if not puff_patch.is_patched("sockets"):
             raise CommandError(_NOT_PATCHED)
         if not settings.DEBUG and not settings.ALLOWED_HOSTS:
             raise CommandError("You must set settings.ALLOWED_HOSTS if DEBUG is False.")
-        access_log, reuse_port = options["access_log"], options["reuse_port"]
-        try:
-            server_options = ServerOptions(
-                host=host,
-                port=port,
-                graceful_timeout=options["graceful_timeout"],
-                max_greenlets=options["max_greenlets"],
-                access_log=settings.DEBUG if access_log is None else access_log,
-                reuse_port=config.current().reuse_port if reuse_port is None else reuse_port,
-                workers=options["workers"],
-                max_requests=options["max_requests"],
-                max_requests_jitter=options["max_requests_jitter"],
-                reload=options["reload"],
-                reload_dirs=tuple(options["reload_dir"]),
-                on_stop=(puff_patch.close_pools,),
-            )
-        except ValueError as exc:
-            raise CommandError(str(exc)) from exc
+        background = Background(project)
+        server_options = serving.server_options(
+            project,
+            given,
+            otherwise={"access_log": settings.DEBUG},
+            on_stop=(background.stop, puff_patch.close_pools),
+        )
         if options["embedded"]:
             self._start_embedded()
-        if not is_worker():
-            self._look_before(host, skip_checks=options["skip_checks"])
-            if server_options.supervised:
-                puff_patch.close_pools()  # this process needs them no more
 
         def load() -> Applications:
-            application = _application(nostatic=options["nostatic"], insecure=options["insecure"])
+            background.start()
+            found = serving.applications(project, given, otherwise=_application)
             try:
-                return Applications(wsgi=application, websockets=get_handlers())
+                handlers = {path: adapt(handler) for path, handler in found.websockets.items()} | get_handlers()
             except ImproperlyConfigured as exc:
                 raise CommandError(str(exc)) from exc
+            found = replace(found, websockets=handlers)
+            return _with_static_files(found, nostatic=options["nostatic"], insecure=options["insecure"])
 
-        try:
-            code = run(load, server_options)
-        except ServerError as exc:
-            raise CommandError(str(exc)) from exc
-        if code:
-            sys.exit(code)
+        if not is_worker():
+            for problem in serving.unavailable(project):
+                self.stderr.write(problem)
+            self._look_before(server_options.host, skip_checks=options["skip_checks"])
+            if server_options.supervised:
+                puff_patch.close_pools()  # this process needs them no more
+        return serving.run(load, server_options)
 
     def _look_before(self, host: str, *, skip_checks: bool) -> None:
         """Say, once and not in each worker, what is to be said before the server runs."""
@@ -232,15 +181,6 @@ def _address(addrport: str) -> tuple[str, int]:
     return (ipv6[1:-1] if ipv6 else host or "127.0.0.1"), int(port)
 
 
-def _workers(text: str) -> int:
-    """Take a number of workers, or "auto", which is 0 to the server."""
-    if text == "auto":
-        return 0
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f'{text!r} is neither a number of workers from 1 on nor "auto".')
-    return int(text)
-
-
 def _is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``, an address or a name."""
     try:
@@ -249,8 +189,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _application(*, nostatic: bool, insecure: bool) -> Any:
-    """Load the application that settings name, with the static files of installed apps where they are wanted."""
+def _application() -> Any:
+    """Load the application that settings name."""
     if not settings.WSGI_APPLICATION:
         raise CommandError(
             "settings.WSGI_APPLICATION is not set. Name your application there, for example\n"
@@ -268,8 +208,21 @@ def _application(*, nostatic: bool, insecure: bool) -> Any:
             f"settings.WSGI_APPLICATION is {settings.WSGI_APPLICATION!r}, which is not callable but "
             f"{type(application).__name__}."
         )
-    if apps.is_installed("django.contrib.staticfiles") and not nostatic and (settings.DEBUG or insecure):
-        from django.contrib.staticfiles.handlers import StaticFilesHandler
-
-        return StaticFilesHandler(application)
     return application
+
+
+def _with_static_files(found: Applications, *, nostatic: bool, insecure: bool) -> Applications:
+    """Add the static files of installed apps, where they are wanted."""
+    if not apps.is_installed("django.contrib.staticfiles") or nostatic or not (settings.DEBUG or insecure):
+        return found
+    from django.contrib.staticfiles import handlers
+
+    # wsgi.py may have done so itself. What they wrap may be any application, whatever Django's stubs say.
+    wrap: Any
+    if found.wsgi is not None:
+        wrap = handlers.StaticFilesHandler
+        return found if isinstance(found.wsgi, wrap) else replace(found, wsgi=wrap(found.wsgi))
+    if found.asgi is not None:
+        wrap = handlers.ASGIStaticFilesHandler
+        return found if isinstance(found.asgi, wrap) else replace(found, asgi=wrap(found.asgi))
+    return found
