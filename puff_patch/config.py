@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -76,6 +76,19 @@ class PoolOptions:
             return replace(self, **coerced)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+
+
+def _coerce(cls: type[PoolOptions], options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    types: dict[str, Any] = {f.name: type(f.default) for f in fields(cls)}
+    coerced: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in types:
+            raise ConfigError(f"{where}: unknown pool option {name!r}{schema.nearest(name, types)}")
+        try:
+            coerced[name] = types[name](value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}: pool option {name} takes a number, got {value!r}") from error
+    return coerced
 
 
 @dataclass(frozen=True)
