@@ -294,7 +294,18 @@ def test_pytest_runs_patched_in_the_folder_it_is_told(tmp_path: Path) -> None:
         "def test_wrong():\n    assert False\n"
     )
     redis = "PUFF_DEFAULT_REDIS_URL"
-    done = puff("pytest", "-q", "-p", "no:cacheprovider", "-k", "test_it", cwd=tmp_path, **{redis: "redis://said"})
+    done = puff(
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:asyncio",
+        "-k",
+        "test_it",
+        cwd=tmp_path,
+        **{redis: "redis://said"},
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 1 passed" in done.stdout
     assert puff("pytest", "--version", cwd=tmp_path).stdout.startswith("pytest ")
