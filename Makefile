@@ -1,11 +1,12 @@
 # make demo   a running sample site: installs, starts embedded PostgreSQL and Redis, migrates, seeds, serves
 # make test   everything that must pass: lint, types, tests
 #
-# Variables: PYTHON=python3.12  VENV=.venv  ADDR=127.0.0.1:8000
+# Variables: PYTHON=python3.12  VENV=.venv  ADDR=127.0.0.1:8000  JOBS=2 (tests at a time)
 
 PYTHON ?= python3
 VENV ?= .venv
 ADDR ?= 127.0.0.1:8000
+JOBS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.puff-installed
@@ -14,7 +15,7 @@ MANAGE = cd sample_django_project && exec env $(SERVICES) $(BIN)/python manage.p
 # Servers of your own, if you name them; else the embedded ones.
 SERVICES = PUFF_EMBEDDED=$(if $(PUFF_DEFAULT_POSTGRES_URL),$(if $(PUFF_DEFAULT_REDIS_URL),0,1),1)
 
-.PHONY: demo test lint pytest format tox compat soak bench-smoke bench-pools install clean
+.PHONY: demo test lint pytest format tox compat soak bench-smoke bench-pools bench-server bench-asgi install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -44,7 +45,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -71,6 +72,13 @@ bench-smoke: $(INSTALLED)
 # Connections from the pools beside connections made each time.
 bench-pools: $(INSTALLED)
 	PUFF_EMBEDDED=1 $(BIN)/python benchmarks/pools.py
+
+# The server beside its peers: WSGI, HTTP/2 and idle connections; ASGI beside uvicorn. Better with wrk and h2load there.
+bench-server: $(INSTALLED)
+	$(BIN)/python benchmarks/server.py
+
+bench-asgi: $(INSTALLED)
+	$(BIN)/python benchmarks/asgi.py
 
 clean:
 	rm -rf $(VENV) .tox .mypy_cache .pytest_cache .ruff_cache build *.egg-info
