@@ -234,7 +234,8 @@ def test_close_wakes_those_who_wait(driver: Driver) -> None:
     with pytest.raises(base.PoolClosed):
         driver.take(pool)
     # A lease survives the closing, and nothing survives its return.
-    eventually(lambda: driver.sessions() == {driver.session(lease)})  # a server may be slow to notice a new one
+    session = driver.session(lease)
+    eventually(lambda: driver.sessions() == {session})  # a server may be slow to notice a new one
     driver.give(pool, lease)
     del lease
     eventually(lambda: not driver.sessions())
