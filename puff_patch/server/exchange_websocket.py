@@ -221,7 +221,9 @@ class WebSocketExchange:
             self.code = code
             self.reason = reason
             self._ahead.clear()
-            if not self._behind:
+            if self._is_sending:
+                self._hook()  # the close must not overtake what is under way
+            else:
                 self._begin_close()
             get_hub().loop.run_callback(self._wake)
 
@@ -234,7 +236,7 @@ class WebSocketExchange:
             return
         try:
             with contextlib.suppress(WebSocketTimeout):
-                while self._behind:
+                while self._is_sending and self._closing is None:
                     self._wait_for_room(self._timeout)
                 if self._closing is not None and not self._closing.done():
                     waiter: Waiter[Any] = Waiter()
@@ -256,6 +258,10 @@ class WebSocketExchange:
             self.reason = reason
             get_hub().loop.run_callback(self._wake)
         self._drop()
+
+    @property
+    def _is_sending(self) -> bool:
+        return bool(self._behind) or not (self._sent is None or self._sent.done())
 
     def _wait_for_room(self, timeout: float | None) -> None:
         """Wait until what is under way to the client is sent, or it is closed."""
