@@ -21,17 +21,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
-from smoke import BENCHMARKS, built_in, gunicorn, wrk
+from smoke import BENCHMARKS, Running, built_in, gunicorn, wrk
 
 CLIENTS = 64
 HELLO, DJANGO = "/", "/bare/hello/"
@@ -61,39 +59,8 @@ class Result:
     rss_mb: float
 
 
-class Running:
-    """A contender's server, until the end of the block."""
-
-    def __init__(self, contender: Contender, port: int) -> None:
-        self._process = subprocess.Popen(
-            contender.command,
-            cwd=BENCHMARKS,
-            env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._port = port
-
-    def __enter__(self) -> Running:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
-                return self
-            except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self.__exit__()
-                    sys.exit(f"{self._process.args} did not start")
-                time.sleep(0.05)
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+class Measured(Running):
+    """A server whose processes are looked at, too."""
 
     def used(self) -> tuple[float, float]:
         """Seconds of CPU and resident megabytes so far, of all its processes."""
@@ -141,7 +108,8 @@ LOG = f"/tmp/puff-h2load-{os.getpid()}.log"
 def measure(contender: Contender, port: int, seconds: float) -> Result:
     """Start a contender, warm it up, load it."""
     url = f"http://127.0.0.1:{port}{contender.path}"
-    with Running(contender, port) as server:
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    with Measured(contender.command, port, BENCHMARKS, environment) as server:
         idle = None
         if contender.idle:
             idle = subprocess.Popen(

@@ -28,6 +28,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import psycopg2
 
@@ -84,20 +85,19 @@ def contenders(port: int) -> list[Contender]:
     ]
 
 
-class Server:
-    """A contender running."""
+_R = TypeVar("_R", bound="Running")
 
-    def __init__(self, contender: Contender, port: int, environment: dict[str, str], *, bare: bool) -> None:
+
+class Running:
+    """A server that listens, until the end of the block."""
+
+    def __init__(self, command: list[str], port: int, folder: Path, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            contender.bare if bare else contender.command,
-            cwd=SAMPLE,
-            env={**environment, **contender.environment},
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
         )
         self._port = port
 
-    def __enter__(self) -> Server:
+    def __enter__(self: _R) -> _R:
         deadline = time.monotonic() + 30
         while True:
             try:
@@ -249,7 +249,8 @@ def main() -> None:
                 served = [page for page in pages if (page == BARE) == bare]
                 if not served:
                     continue
-                with Server(contender, port, environment, bare=bare):
+                command = contender.bare if bare else contender.command
+                with Running(command, port, SAMPLE, {**environment, **contender.environment}):
                     for page in served:
                         result = measure(f"http://127.0.0.1:{port}{page}", options.connections, options.seconds)
                         print(f"round {number + 1} {contender.name} {page}: {result}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sized
 
 from puff_patch.server.filters import Headers, Scope
+from puff_patch.server.headers import CLOSE
 from puff_patch.server.options import ServerOptions
 
 Refusal = tuple[int, Headers, bytes]
@@ -33,7 +34,7 @@ def refusal(scope: Scope, status: int, *more: tuple[bytes, bytes]) -> Refusal:
     body = _NAMES[status] + b"\n"
     headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body)), *more]
     if status in _LAST and scope["http_version"] != "2":
-        headers.append((b"connection", b"close"))
+        headers.append(CLOSE)
     return status, headers, body
 
 

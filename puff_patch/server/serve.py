@@ -29,6 +29,7 @@ from puff_patch.server.exchange_websocket import WebSocketExchange
 from puff_patch.server.filters import Answer, Life, Responder
 from puff_patch.server.filters.build import build_filters
 from puff_patch.server.front import Front
+from puff_patch.server.headers import CLOSE
 from puff_patch.server.link import CUT, GO, LEAVE, READY, REPLACE, STOP, Link, link
 from puff_patch.server.listener import Listener
 from puff_patch.server.notify import notify
@@ -261,7 +262,7 @@ class _Server:
         """Answer a request at once that is not let in; from then on it does not count."""
         status, headers, body = refused
         if self._handler.closing and exchange.scope["http_version"] != "2":
-            headers.append((b"connection", b"close"))
+            headers.append(CLOSE)
         exchange.respond(status, headers, body)
         exchange.forget()
         if exchange.is_client_sending:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.process import TICKER, run_python
+from support.process import RAISES, TICKER, run_python
 
-HEAD = """
+HEAD = (
+    RAISES
+    + """
 import puff_patch
 puff_patch.patch_all()
 import asyncio, contextvars, gevent, threading, traceback
@@ -16,13 +18,8 @@ from gevent.monkey import get_original
 native_sleep = get_original("time", "sleep")
 native_lock = get_original("_thread", "allocate_lock")
 ident = get_original("_thread", "get_ident")
-def raises(kind, function, *args, **kwargs):
-    try:
-        value = function(*args, **kwargs)
-    except kind as error:
-        return error
-    raise AssertionError(f"no {kind}, but {value!r}")
 """
+)
 
 
 def test_functions_run_in_a_bounded_number_of_native_threads() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.process import TICKER, run_python
+from support.process import RAISES, TICKER, run_python
 
-HEAD = """
+HEAD = (
+    RAISES
+    + """
 import puff_patch
 puff_patch.patch_all()
 import asyncio, contextvars, gevent, threading, traceback
@@ -13,12 +15,6 @@ from puff_patch import join_all, join_iter, sleep_ms, spawn, wrap_async, TaskKil
 from puff_patch.runtime import aio
 from gevent.monkey import get_original
 native_thread = get_original("_thread", "start_new_thread")
-def raises(kind, function, *args, **kwargs):
-    try:
-        value = function(*args, **kwargs)
-    except kind as error:
-        return error
-    raise AssertionError(f"no {kind}, but {value!r}")
 def double(n):
     sleep_ms(n)
     return 2 * n
@@ -26,6 +22,7 @@ def fail(n):
     sleep_ms(n)
     raise LookupError(n)
 """
+)
 # The same coroutine on a loop that a greenlet runs, on one of async_to_sync, and on the asyncio thread.
 LOOPS = """
 from asgiref.sync import async_to_sync

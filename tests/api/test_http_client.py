@@ -10,11 +10,13 @@ import threading
 from pathlib import Path
 
 import trustme
-from support.process import TICKER, run_python
+from support.process import RAISES, TICKER, run_python
 from support.servers import CountingHTTPServer
 
 HERE = {"PYTHONPATH": str(Path(__file__).parent)}
-HEAD = """
+HEAD = (
+    RAISES
+    + """
 import puff_patch
 puff_patch.patch_all()
 import asyncio, gevent, socket
@@ -23,17 +25,12 @@ from puff_patch.config import HttpClientOptions
 from puff_patch.http import HttpClient, global_http_client, named_client
 from puff_patch.runtime import aio
 url = os.environ.get("URL")
-def raises(kind, function, *args, **kwargs):
-    try:
-        value = function(*args, **kwargs)
-    except kind as error:
-        return error
-    raise AssertionError(f"no {kind}, but {value!r}")
 def client(**options):
     return HttpClient("a test's", HttpClientOptions(base_url=url, **options))
 def ports(responses):
     return {response.json()["port"] for response in responses}
 """
+)
 
 
 def test_requests_and_responses(http_app) -> None:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from support.process import TICKER, run_python
+from support.process import RAISES, TICKER, run_python
 
 from puff_patch.postgres import _numbered
 
-HEAD = """
+HEAD = (
+    RAISES
+    + """
 import puff_patch
 puff_patch.patch_all()
 import asyncio, gevent
 from puff_patch import join_all, postgres, spawn
 from puff_patch.postgres import connect, global_postgres, named_client
 from puff_patch.runtime import aio
-def raises(kind, function, *args, **kwargs):
-    try:
-        value = function(*args, **kwargs)
-    except kind as error:
-        return error
-    raise AssertionError(f"no {kind}, but {value!r}")
 global_postgres.execute("DROP TABLE IF EXISTS api_t")
 global_postgres.execute("CREATE TABLE api_t (n int, t text)")
 """
+)
 
 
 def test_greenlets(services) -> None:

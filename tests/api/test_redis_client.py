@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from support.process import TICKER, run_python
+from support.process import RAISES, TICKER, run_python
 
-HEAD = """
+HEAD = (
+    RAISES
+    + """
 import puff_patch
 puff_patch.patch_all()
 import asyncio, gevent
@@ -13,13 +15,8 @@ from puff_patch.redis import global_redis, named_client
 from puff_patch.runtime import aio
 redis = global_redis
 redis.delete(*(f"api-{n}" for n in range(9)))
-def raises(kind, function, *args, **kwargs):
-    try:
-        value = function(*args, **kwargs)
-    except kind as error:
-        return error
-    raise AssertionError(f"no {kind}, but {value!r}")
 """
+)
 
 
 def test_greenlets(services) -> None:

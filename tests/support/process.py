@@ -34,6 +34,16 @@ class Ticker:
         self._greenlet.kill()
 """
 
+# What a call raises, which must be of that kind.
+RAISES = """\
+def raises(kind, function, *args, **kwargs):
+    try:
+        value = function(*args, **kwargs)
+    except kind as error:
+        return error
+    raise AssertionError(f"no {kind}, but {value!r}")
+"""
+
 
 def run(
     argv: Sequence[str],

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from puff_patch.server.headers import CLOSE
+
 if TYPE_CHECKING:
     from puff_patch.server.exchange import Exchange
 
@@ -129,8 +131,8 @@ class Filters:
             found = head(scope, status, headers)
             if found is not None:
                 encoder = found if encoder is None else _Chain(encoder, found)
-        if self._life.stopping and scope["http_version"] != "2" and _CLOSE not in headers:
-            headers.append(_CLOSE)
+        if self._life.stopping and scope["http_version"] != "2" and CLOSE not in headers:
+            headers.append(CLOSE)
         return encoder
 
     def end(self, scope: Scope, status: int, size: int) -> None:
@@ -140,9 +142,6 @@ class Filters:
                 end(scope, status, size)
             except Exception:
                 logger.exception("A filter failed at the end of %s %s", scope["method"], scope["path"])
-
-
-_CLOSE = (b"connection", b"close")
 
 
 class _Chain:
